@@ -145,12 +145,12 @@ def refusals(field: str, name: str, needs: AttentionNeeds) -> Iterator[str]:
 
 def sizes(kind: AttentionKind) -> str:
     """Sizes of a head that it takes, as text."""
-    told = (
+    parts = (
         [f"{kind.least} or more"] if kind.largest is None else [f"{kind.least} to {kind.largest}"]
     )
     if kind.multiple > 1:
-        told.append(f"a multiple of {kind.multiple}")
-    return ", ".join(told)
+        parts.append(f"a multiple of {kind.multiple}")
+    return ", ".join(parts)
 
 
 def _either(names: Sequence[str]) -> str:

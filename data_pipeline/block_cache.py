@@ -32,7 +32,7 @@ class BlockCache:
 
     def __init__(self, folder: Path, most: int) -> None:
         self._folder, self._most = folder, most
-        self._said = False
+        self._warned = False
 
     def get(self, name: str, length: int) -> bytes | None:
         """The block of `length` bytes called `name`; None: it is not there."""
@@ -56,9 +56,9 @@ class BlockCache:
                 if not path.exists():
                     self._write(path, data, total)
         except OSError as error:
-            if not self._said:
+            if not self._warned:
                 logger.warning("the cache %s cannot be written: %s", self._folder, error)
-            self._said = True
+            self._warned = True
 
     def _write(self, path: Path, data: bytes, total: int) -> None:
         """Writes a block and the new total. The caller holds the lock, which bounds the folder,
@@ -73,7 +73,7 @@ class BlockCache:
         partial.write_bytes(data)
         partial.rename(path)
 
-    def _make_room(self, wanted: int) -> int:
+    def _make_room(self, needed: int) -> int:
         """Removes the oldest blocks; the bytes of those that stay."""
         blocks: list[tuple[float, int, Path]] = []
         for path in self._folder.glob("??/*"):
@@ -81,10 +81,10 @@ class BlockCache:
                 about = path.stat()
                 blocks.append((about.st_mtime, about.st_size, path))
         total = sum(size for _, size, _ in blocks)
-        goal = int(self._most * _KEPT) if total + wanted > self._most else self._most
+        goal = int(self._most * _KEPT) if total + needed > self._most else self._most
         for when, size, path in sorted(blocks):
             unfinished = path.suffix == PARTIAL_SUFFIX and when < time.time() - _STALE
-            if total + wanted > goal or unfinished:
+            if total + needed > goal or unfinished:
                 path.unlink(missing_ok=True)
                 total -= size
         return total

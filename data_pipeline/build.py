@@ -77,8 +77,8 @@ def build_shards(
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
-        shown = without_secrets(str(source))
-        print(f"{shown}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
+        name = without_secrets(str(source))
+        print(f"{name}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
         print_unread(opened)
         journal = Journal(out, arguments_of(str(source), opened, options))
         try:
@@ -99,9 +99,9 @@ def build_shards(
 def print_unread(opened: OpenSource) -> None:
     """Names the files of a source that look like data and are not read."""
     if opened.unread:
-        shown = ", ".join(opened.unread[:_NAMED])
+        names = ", ".join(opened.unread[:_NAMED])
         more = f" and {len(opened.unread) - _NAMED} more" if len(opened.unread) > _NAMED else ""
-        print(f"not read: {shown}{more}", file=sys.stderr)
+        print(f"not read: {names}{more}", file=sys.stderr)
 
 
 def arguments_of(source: str, opened: OpenSource, options: BuildOptions) -> dict[str, object]:
@@ -216,28 +216,28 @@ def index_groups(out: Path, groups: Iterable[str], workers: int) -> None:
             print(f"{out / group}: indexed in {seconds:.0f} s", file=sys.stderr)
 
 
-def options_of(given: argparse.Namespace) -> BuildOptions:
+def options_of(args: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         source=SourceOptions(
-            form=given.form,
-            media_dir=given.media_dir,
-            datasets=tuple(given.dataset.split(",")) if given.dataset else (),
-            splits=tuple(given.split.split(",")) if given.split else (),
-            media_column=given.media_column,
-            caption_column=given.caption_column,
-            window=given.window,
+            form=args.form,
+            media_dir=args.media_dir,
+            datasets=tuple(args.dataset.split(",")) if args.dataset else (),
+            splits=tuple(args.split.split(",")) if args.split else (),
+            media_column=args.media_column,
+            caption_column=args.caption_column,
+            window=args.window,
         ),
-        media=MediaOptions(max_side=given.max_side, video_fps=given.video_fps),
-        samples_per_shard=given.samples_per_shard,
-        shard_size=given.shard_size,
-        max_rejected=given.max_rejected,
-        workers=given.workers,
+        media=MediaOptions(max_side=args.max_side, video_fps=args.video_fps),
+        samples_per_shard=args.samples_per_shard,
+        shard_size=args.shard_size,
+        max_rejected=args.max_rejected,
+        workers=args.workers,
         stores=StoreOptions(
-            cache=given.cache,
-            cache_size=given.cache_size,
-            read_ahead=given.read_ahead,
-            retries=given.request_retries,
-            timeout=given.timeout,
+            cache=args.cache,
+            cache_size=args.cache_size,
+            read_ahead=args.read_ahead,
+            retries=args.request_retries,
+            timeout=args.timeout,
         ),
     )
 
@@ -299,10 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
     return run(parser.parse_args(arguments), parser.prog)
 
 
-def run(given: argparse.Namespace, program: str) -> int:
+def run(args: argparse.Namespace, program: str) -> int:
     """The import that `add_options` describes; returns the exit code."""
     try:
-        summary = build_shards(given.source, given.out, options_of(given))
+        summary = build_shards(args.source, args.out, options_of(args))
     except ShardError as error:
         return report_error(program, error)
     except ValueError as error:
@@ -311,7 +311,7 @@ def run(given: argparse.Namespace, program: str) -> int:
         return report_error(program, describe(error))
     except KeyboardInterrupt:
         return report_error(program, "interrupted: the same command goes on", STOPPED)
-    print_summary(given.out, summary)
+    print_summary(args.out, summary)
     return 0 if summary.imported else 1
 
 

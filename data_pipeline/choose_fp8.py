@@ -47,9 +47,9 @@ def right_parts(
 
 def fp8_of(right: Sequence[str]) -> Fp8:
     """Made of those Triton kernels, and of plain torch for the rest."""
-    wanted = [name for name in right if name in ROUNDING]
-    kernels = triton_kernels() if wanted else {}
-    return Fp8(**{name: kernels[name] for name in wanted})
+    names = [name for name in right if name in ROUNDING]
+    kernels = triton_kernels() if names else {}
+    return Fp8(**{name: kernels[name] for name in names})
 
 
 def triton_kernels() -> dict[str, Any]:

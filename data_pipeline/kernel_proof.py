@@ -134,15 +134,15 @@ def _first_wrong(kernel: Kernel) -> tuple[str, bool]:
     except torch.OutOfMemoryError:  # says nothing of the kernel
         raise
     except Exception as error:  # whatever a kernel of others raises: then the plain path runs
-        said = str(error).strip().split("\n")[0][:160]
+        message = str(error).strip().split("\n")[0][:160]
         passing = any(map(_may_pass, _with_causes(error)))
-        return f"{case.name if case else 'no case'}: {type(error).__name__}: {said}", passing
+        return f"{case.name if case else 'no case'}: {type(error).__name__}: {message}", passing
     return "", False
 
 
 def _may_pass(error: BaseException) -> bool:
-    said = str(error).lower()
-    return isinstance(error, PASSING) or any(words in said for words in PASSING_WORDS)
+    message = str(error).lower()
+    return isinstance(error, PASSING) or any(words in message for words in PASSING_WORDS)
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -205,9 +205,9 @@ def _check_device(name: str, device: torch.device) -> None:
     try:
         devices.synchronize(device)
     except RuntimeError as error:
-        said = str(error).split("\n")[0]
+        message = str(error).split("\n")[0]
         raise RuntimeError(
-            f"{name} has left the device unusable ({said}): start again, it will not be used"
+            f"{name} has left the device unusable ({message}): start again, it will not be used"
         ) from None
 
 
@@ -247,14 +247,14 @@ def compiler() -> str:
     Python's headers. Machines that share a home may have others, or none."""
     named = os.environ.get("CC")
     path = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
-    said = ["no C compiler"]
+    version = ["no C compiler"]
     if path is not None:
         with suppress(OSError, subprocess.SubprocessError):
-            asked = [path, "--version"]
-            shown = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-            said = shown.stdout.splitlines()[:1]
+            command = [path, "--version"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            version = result.stdout.splitlines()[:1]
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    return f"{' '.join(said)}, {'with' if headers else 'without'} Python.h"
+    return f"{' '.join(version)}, {'with' if headers else 'without'} Python.h"
 
 
 def _read(where: Path) -> dict[str, Any]:

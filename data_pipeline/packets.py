@@ -40,47 +40,47 @@ class Packets:
 
     def shown_at(self, moments: Sequence[float]) -> Iterator[VideoFrame]:
         """The frame on screen at each of the rising moments (seconds of the file's clock)."""
-        given = 0
+        count = 0
         if self._exact:
-            wanted = [
+            chosen = [
                 self._stamps[max(0, bisect_right(self.times, moment + EPSILON) - 1)]
                 for moment in moments
             ]
             try:
-                for frame in self._pick(wanted):
+                for frame in self._pick(chosen):
                     yield frame
-                    given += 1
+                    count += 1
                 return
             except _Missed:
                 pass
-        yield from self._follow(moments[given:])
+        yield from self._follow(moments[count:])
 
-    def _pick(self, wanted: list[int]) -> Iterator[VideoFrame]:
+    def _pick(self, chosen: list[int]) -> Iterator[VideoFrame]:
         """The frames with these rising stamps; a frame is repeated where its stamp is."""
-        left, stamps = iter(wanted), set(wanted)
-        due = next(left, None)
+        left, stamps = iter(chosen), set(chosen)
+        following = next(left, None)
         for first, last in self._runs(stamps):
             self._codec.flush_buffers()
             for frame in self._decode(self._packets[first : last + 1], stamps):
-                if due is None:
+                if following is None:
                     return
-                if frame.pts is None or frame.pts > due:
+                if frame.pts is None or frame.pts > following:
                     raise _Missed
-                while due is not None and frame.pts == due:
+                while following is not None and frame.pts == following:
                     yield frame
-                    due = next(left, None)
-        if due is not None:
+                    following = next(left, None)
+        if following is not None:
             raise _Missed
 
-    def _runs(self, wanted: set[int]) -> list[tuple[int, int]]:
-        """First and last packets of the runs to decode: from a keyframe to a wanted frame."""
+    def _runs(self, chosen: set[int]) -> list[tuple[int, int]]:
+        """First and last packets of the runs to decode: from a keyframe to a chosen frame."""
         runs: list[tuple[int, int]] = []
         keys: list[tuple[int, int]] = []  # index and stamp of the keyframes so far
         for index, packet in enumerate(self._packets):
             stamp = packet.pts
             if packet.is_keyframe and stamp is not None:
                 keys.append((index, stamp))
-            if stamp not in wanted:
+            if stamp not in chosen:
                 continue
             # A frame after a keyframe in the file but before it on screen needs the previous one.
             first = next((i for i, key in reversed(keys) if key <= stamp), 0)
@@ -90,11 +90,11 @@ class Packets:
                 runs.append((first, index))
         return runs
 
-    def _decode(self, packets: list[Packet], wanted: set[int]) -> Iterator[VideoFrame]:
+    def _decode(self, packets: list[Packet], chosen: set[int]) -> Iterator[VideoFrame]:
         skipping = self._codec.name in _SKIPPING
         for packet in packets:
             if skipping:
-                self._codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                self._codec.skip_frame = "DEFAULT" if packet.pts in chosen else "NONREF"
             yield from self._codec.decode(packet)
         yield from self._codec.decode(None)
 

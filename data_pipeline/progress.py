@@ -17,12 +17,12 @@ class ConsoleLine:
         self.live = stream.isatty()
         self._stream, self._line = stream, ""
 
-    def update(self, text: str, due: bool = True) -> None:
-        """Shows `text` in place of the text before; in a file only where it is `due`."""
+    def update(self, text: str, prints: bool = True) -> None:
+        """Shows `text` in place of the text before; in a file only where `prints`."""
         if self.live:
             self._line = text
             self._write(f"\r{text}\x1b[K")
-        elif due:
+        elif prints:
             self._write(f"{text}\n")
 
     def note(self, text: str) -> None:
@@ -65,13 +65,13 @@ class Progress:
         total: int | None = None,
         unit: str = "samples",
         scale: float = 1.0,
-        shown: bool = True,
+        visible: bool = True,
     ) -> None:
         self._label, self._total, self._unit, self._scale = label, total, unit, scale
         self._done = 0
         self._first_share: float | None = None
-        self._line = ConsoleLine(sys.stderr if shown else io.StringIO())
-        self._start = self._shown = time.perf_counter()
+        self._line = ConsoleLine(sys.stderr if visible else io.StringIO())
+        self._start = self._printed_at = time.perf_counter()
         self._lock = threading.Lock()
 
     def step(self, count: int = 1, share: float | None = None, note: str = "") -> None:
@@ -83,8 +83,8 @@ class Progress:
             if self._first_share is None and share is not None:
                 self._first_share = 0.0 if self._total else share
             now = time.perf_counter()
-            if now - self._shown >= (0.2 if self._line.live else self.EVERY):
-                self._shown = now
+            if now - self._printed_at >= (0.2 if self._line.live else self.EVERY):
+                self._printed_at = now
                 self._line.update(self._text(now - self._start, share, note))
 
     def end(self, note: str = "") -> None:
@@ -103,8 +103,8 @@ class Progress:
         parts = [f"{self._label}: {self._amount(self._done)}{of} {self._unit}"]
         parts.append(self._rate(seconds))
         if share is not None:
-            gone = share - (self._first_share or 0.0)
-            parts += [f"{share:.0%}", eta(seconds * (1 - share) / gone if gone > 0 else None)]
+            here = share - (self._first_share or 0.0)  # of it, in this process
+            parts += [f"{share:.0%}", eta(seconds * (1 - share) / here if here > 0 else None)]
         return ", ".join([*parts, note] if note else parts)
 
     def _amount(self, count: int) -> str:

@@ -40,15 +40,15 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
 }
 
 
-def trained_form(stage: str | None, prompt: str, said: str | None = None) -> str | None:
+def trained_form(stage: str | None, prompt: str, named_stage: str | None = None) -> str | None:
     """The form of the prompts that a run's weights know; None: unknown.
 
     Args:
         stage, prompt: the run's `stage.name` and `stage.prompt`; None: its training is not known.
-        said: the stage that a user names in place of the run's.
+        named_stage: the stage that a user names in place of the run's.
     """
-    if said is not None and (said in STAGE_FORMS or said != stage):
-        return STAGE_FORMS.get(said)
+    if named_stage is not None and (named_stage in STAGE_FORMS or named_stage != stage):
+        return STAGE_FORMS.get(named_stage)
     # Runs of earlier versions say `chat` of this stage, though they learn streams.
     if stage is None or (stage, prompt) == ("realtime_sft", "chat"):
         return STAGE_FORMS.get(stage)

@@ -21,7 +21,7 @@ from data_pipeline.stores import StoreOptions
 
 BLOCK = 1 << 20  # bytes
 AT_ONCE = 8  # requests at the same time, of a process; blocks of a file that is read on and on
-_KNOWN = 1024  # files whose sizes are kept
+_FILES = 1024  # files whose sizes are kept
 
 _Item = TypeVar("_Item")
 
@@ -41,27 +41,27 @@ class StoredFiles:
         folder = Path(os.path.expanduser(options.cache)) if options.cache else default_folder()
         self._cache = BlockCache(folder, int(options.cache_size * 1e9))
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, StoredFile] = OrderedDict()
+        self._files: OrderedDict[str, StoredFile] = OrderedDict()
 
     def about(self, url: str) -> StoredFile:
         """Raises StoreError, GoneError."""
         with self._lock:
-            if url in self._known:
-                self._known.move_to_end(url)
-                return self._known[url]
+            if url in self._files:
+                self._files.move_to_end(url)
+                return self._files[url]
         size, version = stores.describe(url, self.options.retries)
         name = blake2b(f"{url} {size} {version}".encode(), digest_size=16).hexdigest()
         file = StoredFile(url, size, name)
         with self._lock:
-            self._known[url] = file
-            while len(self._known) > _KNOWN:
-                self._known.popitem(last=False)
+            self._files[url] = file
+            while len(self._files) > _FILES:
+                self._files.popitem(last=False)
         return file
 
     def forget(self, url: str) -> None:
         """A file may be another one now."""
         with self._lock:
-            self._known.pop(url, None)
+            self._files.pop(url, None)
 
     def read(self, file: StoredFile, first: int = 0, end: int | None = None) -> bytes:
         """Bytes `first` up to `end` of a file, or to its end. Raises StoreError, GoneError."""
@@ -110,10 +110,10 @@ class _Stream(io.RawIOBase):
                 return 0
             self._data = self._files.read(self._file, self._at, end)
             self._first, inside = self._at, 0
-        given = self._data[inside : inside + len(buffer)]
-        buffer[: len(given)] = given
-        self._at += len(given)
-        return len(given)
+        piece = self._data[inside : inside + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
 def _length(block: int, size: int) -> int:

@@ -123,7 +123,7 @@ def read(
 ) -> bytes:
     """Bytes `first` up to `end` of a file, all of them without; StoreError."""
 
-    def ask() -> bytes:
+    def request() -> bytes:
         system, path = fsspec.core.url_to_fs(url)
         data: bytes = system.cat_file(path, start=first, end=end)
         if first is not None and end is not None:
@@ -134,13 +134,13 @@ def read(
                 raise OSError(f"{len(data)} bytes came of {end - first}")
         return data
 
-    return _persistently(url, ask, retries)
+    return _persistently(url, request, retries)
 
 
 def describe(url: str, retries: int = RETRIES) -> tuple[int, str]:
     """Size of a file, and what changes when it becomes another one; StoreError."""
 
-    def ask() -> tuple[int, str]:
+    def request() -> tuple[int, str]:
         system, path = fsspec.core.url_to_fs(url)
         about: dict[str, Any] = system.info(path)
         if about.get("size") is None:
@@ -149,27 +149,27 @@ def describe(url: str, retries: int = RETRIES) -> tuple[int, str]:
         version = next((about[name] for name in _VERSIONS if about.get(name)), "")
         return int(about["size"]), str(version).strip('"')
 
-    return _persistently(url, ask, retries)
+    return _persistently(url, request, retries)
 
 
 def names(folder: str, retries: int = RETRIES) -> list[str]:
     """The names of what is directly in a folder; StoreError."""
 
-    def ask() -> list[str]:
+    def request() -> list[str]:
         system, path = fsspec.core.url_to_fs(folder)
         system.invalidate_cache()
         return [name.rstrip("/").rpartition("/")[2] for name in system.ls(path, detail=False)]
 
-    return _persistently(folder, ask, retries)
+    return _persistently(folder, request, retries)
 
 
-def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result:
-    shown = without_secrets(url)
+def _persistently(url: str, request: Callable[[], _Result], retries: int) -> _Result:
+    name = without_secrets(url)
     for attempt in range(retries + 1):
         try:
-            return ask()
+            return request()
         except _UnfitError as error:
-            raise StoreError(f"{shown} cannot be read: {error}") from None
+            raise StoreError(f"{name} cannot be read: {error}") from None
         except ImportError as error:
             raise PackageError(missing_package(url, error)) from None
         except Exception as error:  # every protocol has errors of its own
@@ -177,15 +177,15 @@ def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if (isinstance(answer, FileNotFoundError) and not silent) or refusal(answer) == _GONE:
-                raise GoneError(f"{shown} does not exist") from None
+                raise GoneError(f"{name} does not exist") from None
             detail = without_secrets(str(answer))
             if isinstance(answer, PermissionError) or refusal(answer) in (401, 403):
-                raise ForbiddenError(f"{shown} may not be read: {detail}") from None
+                raise ForbiddenError(f"{name} may not be read: {detail}") from None
             if refusal(answer):
-                raise StoreError(f"{shown} cannot be read: {detail}") from None
-            said = f"{type(answer).__name__}: {detail}"
-            said = "the server does not answer" if silent else said
+                raise StoreError(f"{name} cannot be read: {detail}") from None
+            reason = f"{type(answer).__name__}: {detail}"
+            reason = "the server does not answer" if silent else reason
         if attempt < retries:
             pause = min(0.25 * 2**attempt, _LONGEST_PAUSE)
             time.sleep(pause * random.uniform(0.5, 1.0))  # not all ranks at once
-    raise StoreError(f"{shown} cannot be read, tried {retries + 1} times: {said}")
+    raise StoreError(f"{name} cannot be read, tried {retries + 1} times: {reason}")

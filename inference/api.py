@@ -124,28 +124,28 @@ class Model:
         if isinstance(video, str | Path):
             default = WATCHED_MAX_FRAMES if self.info.watches else CLIP_MAX_FRAMES
             most = max_frames or min(default, self.runner.engine.window)
-            shown = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
+            clip_frames = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
         else:
-            shown = [read_picture(frame) for frame in video or ()]
+            clip_frames = [read_picture(frame) for frame in video or ()]
         prompts = self.runner.vocabulary.prompts
-        if self.info.watches and shown and not frames:
-            tokens = prompts.watched(len(shown), text, system_prompt)
+        if self.info.watches and clip_frames and not frames:
+            tokens = prompts.watched(len(clip_frames), text, system_prompt)
         else:
-            marks = IMAGE_MARK * len(frames) + (VIDEO_MARK if shown else "")
-            counts = [1] * len(frames) + ([len(shown)] if shown else [])
+            marks = IMAGE_MARK * len(frames) + (VIDEO_MARK if clip_frames else "")
+            counts = [1] * len(frames) + ([len(clip_frames)] if clip_frames else [])
             system = [Message("system", as_system(system_prompt))] if system_prompt else []
             messages = [*system, Message("user", marks + as_typed(text))]
             tokens = prompts.question(messages, counts, self.info.question_form).tokens
-            check_fits(self.runner.engine, tokens, [*frames, *shown])
+            check_fits(self.runner.engine, tokens, [*frames, *clip_frames])
         with _hinting():
-            asked = self.runner.answer(
+            session = self.runner.answer(
                 tokens,
-                [*frames, *shown],
+                [*frames, *clip_frames],
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 chunk=LARGE_CHUNK_FRAMES,
             )
-        with asked as answer:
+        with session as answer:
             return _text_of(answer)
 
     def watch(
@@ -186,8 +186,8 @@ class Model:
                 f"fps={fps}, speed={speed}, reconnect={reconnect}: fps must be more than 0, the "
                 "others not less than 0, and all of them finite"
             )
-        asked = [(parse_seconds(second), text) for second, text in (ask or {}).items()]
-        questions = sorted(asked, key=itemgetter(0))
+        timed = [(parse_seconds(second), text) for second, text in (ask or {}).items()]
+        questions = sorted(timed, key=itemgetter(0))
         source = open_source(str(video), reconnect)
         pace = float(source.live) if speed is None else speed
         schedule = Schedule(fps, 1.0 if source.live else pace, questions)
@@ -255,12 +255,12 @@ def _hinting() -> Iterator[None]:
 
 
 def _text_of(answer: SessionHandle) -> str:
-    text, said = "", False
+    text, complete = "", False
     for event in answer.events():
         if event.type == "response.done":
-            text, said = event.data["text"], event.data["status"] != "cancelled"
+            text, complete = event.data["text"], event.data["status"] != "cancelled"
         elif event.type == "error":
             raise RuntimeError(f"{answer.name}: {event.data['message']}")
-        elif event.type == "session.closed" and not said:
+        elif event.type == "session.closed" and not complete:
             raise SessionClosed(f"{answer.name}: {event.data['reason']}")
     return text

@@ -65,7 +65,7 @@ class Feeder:
             while self._questions:
                 # What is asked after the end is asked at the end.
                 self._wait(min(self._questions[0][0], last + 1 / self._schedule.fps))
-                self._ask()
+                self._ask_next()
             session.end()
         except SessionClosed:
             return
@@ -78,27 +78,27 @@ class Feeder:
 
     def _file(self, source: FileSource) -> float:
         """Frames wait for their time, and for room. Returns the second of the last one."""
-        questions, second, shown = self._questions, 0.0, False
+        questions, second, any_frame = self._questions, 0.0, False
         for second, picture in source.frames(self._schedule.fps):
             self._began = self._began or time.monotonic()
             while questions and questions[0][0] < second:
                 self._wait(questions[0][0])
-                self._ask()
+                self._ask_next()
             self._wait(second)
-            self._session.put_frame(picture, second, self._asked_with(second, shown))
-            shown = True
+            self._session.put_frame(picture, second, self._frame_prompt(second, any_frame))
+            any_frame = True
         return second
 
-    def _asked_with(self, second: float, shown: bool) -> str | None:
+    def _frame_prompt(self, second: float, any_frame: bool) -> str | None:
         """Asks the questions of a frame's second before the frame, each as a turn with an answer of
         its own, as in training. Before the first frame there is nothing to answer about: the last
         of its questions is returned, to be taken in with the frame."""
         questions = self._questions
         while questions and questions[0][0] == second:
             last = len(questions) == 1 or questions[1][0] > second
-            if last and not shown:
+            if last and not any_frame:
                 return questions.popleft()[1]
-            self._ask(in_turn=True)
+            self._ask_next(in_turn=True)
         return None
 
     def _live(self, source: LiveSource) -> float:
@@ -108,7 +108,7 @@ class Feeder:
         Returns the second of the last frame.
         """
         session, second = self._session, 0.0
-        asker = threading.Thread(target=self._ask_in_time, name="moss-ask", daemon=True)
+        asker = threading.Thread(target=self._ask_questions, name="moss-ask", daemon=True)
         try:
             for item in source.frames(self._schedule.fps, session.log.wait_closed):
                 if isinstance(item, Notice):
@@ -118,7 +118,7 @@ class Feeder:
                 if not self._began:
                     self._began = time.monotonic()
                     while self._questions and self._questions[0][0] <= second:
-                        self._ask()
+                        self._ask_next()
                     asker.start()
                 self._wait(second)  # in a burst they come before their time
                 session.push_frame(picture, second)
@@ -129,34 +129,34 @@ class Feeder:
             source.close()
         return second
 
-    def _ask_in_time(self) -> None:
+    def _ask_questions(self) -> None:
         with contextlib.suppress(SessionClosed):
             while self._questions:
-                if self._over.wait(self._due(self._questions[0][0]) - time.monotonic()):
+                if self._over.wait(self._wall_time(self._questions[0][0]) - time.monotonic()):
                     return
-                self._ask()
+                self._ask_next()
 
-    def _ask(self, in_turn: bool = False) -> None:
+    def _ask_next(self, in_turn: bool = False) -> None:
         """Asks the next question, as soon as there is room for it. in_turn: after the frames that
         were given before, on the wall clock, too."""
         _, text = self._questions.popleft()
         at_once = self._schedule.speed and not in_turn
-        ask = self._session.prompt if at_once else self._session.put_prompt
+        put = self._session.prompt if at_once else self._session.put_prompt
         while True:
             try:
-                return ask(text)
+                return put(text)
             except QueueFull:
                 self._session.log.wait_closed(_ROOM)
             except SampleError as error:  # the others are asked all the same
                 return self._session.emit("error", code=error.reason, message=f"{text}: {error}")
 
-    def _due(self, second: float) -> float:
+    def _wall_time(self, second: float) -> float:
         """When it is this second of the source, on the wall clock."""
         return self._began + second / self._schedule.speed if self._schedule.speed else 0.0
 
     def _wait(self, second: float) -> None:
         """Waits until this second of the source, or until the session is closed."""
-        self._session.log.wait_closed(self._due(second) - time.monotonic())
+        self._session.log.wait_closed(self._wall_time(second) - time.monotonic())
 
 
 def follow(

@@ -68,11 +68,11 @@ class LiveSource:
         self._ahead = AHEAD
         self._stream: Any = None  # of the connection
         self._frames = self._connection()
-        self._wanted = threading.Event()
+        self._frame_wanted = threading.Event()
         self._reader: threading.Thread | None = None
         self._problem: Exception | None = None  # found before anybody wanted a frame
 
-    def connect(self, tell: Callable[[str], None]) -> None:
+    def connect(self, notify: Callable[[str], None]) -> None:
         """Connects, and waits for the first picture. SourceError.
 
         A server that is not ready (HTTP 5xx) is asked again, as one that is lost.
@@ -80,7 +80,7 @@ class LiveSource:
         if self._piped:
             return
         began, tries = time.monotonic(), 0
-        while not self._answers(began, tries, tell):
+        while not self._answers(began, tries, notify):
             self._frames = self._connection()
             tries += 1
 
@@ -110,10 +110,10 @@ class LiveSource:
         self._take_over()
         while True:
             try:
-                asked = perf_counter()
+                waiting_since = perf_counter()
                 for stamp, frame in self._frames:
                     now = time.monotonic()
-                    waited = None if self._stores else perf_counter() - asked
+                    waited = None if self._stores else perf_counter() - waiting_since
                     if tries:
                         clock.restart()
                     second = clock.second(stamp, now, waited)
@@ -124,9 +124,9 @@ class LiveSource:
                         tries = 0
                     if clock.jump:
                         yield Notice("source.clock", {"frame_at": at, "jump_s": clock.jump})
-                    if (taken := grid.take(second)) is not None:
-                        yield round(taken, 3), upright_pixels(frame, self._stream)
-                    asked = perf_counter()
+                    if (chosen := grid.take(second)) is not None:
+                        yield round(chosen, 3), upright_pixels(frame, self._stream)
+                    waiting_since = perf_counter()
                 error: Exception | None = self._problem
             except (av.FFmpegError, OSError) as caught:
                 error = caught
@@ -245,7 +245,7 @@ class LiveSource:
         options["rtsp_transport"] = "udp"
         return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
 
-    def _answers(self, began: float, tries: int, tell: Callable[[str], None]) -> bool:
+    def _answers(self, began: float, tries: int, notify: Callable[[str], None]) -> bool:
         """Whether the first picture is there; False after a pause in which a server gets ready."""
         try:
             next(self._frames)
@@ -257,20 +257,20 @@ class LiveSource:
             pause = min(_pause(tries), left)
             if left <= 0 or not isinstance(error, av.HTTPServerError):
                 raise self._error(error) from None
-            tell(f"{self.name}: {_words(error)}; tried again in {pause:g} s")
+            notify(f"{self.name}: {_words(error)}; tried again in {pause:g} s")
             time.sleep(pause)
             return False
 
     def _skip(self) -> None:
         try:
             for _ in self._frames:
-                if self._wanted.is_set():
+                if self._frame_wanted.is_set():
                     return
         except (av.FFmpegError, OSError) as error:
             self._problem = error
 
     def _take_over(self) -> None:
-        self._wanted.set()
+        self._frame_wanted.set()
         if self._reader:
             self._reader.join()
 

@@ -29,7 +29,7 @@ class LiveClock:
         self.jump = 0.0
         self._began: float | None = None  # wall clock at second 0
         self._second = 0.0  # of the last frame
-        self._came = 0.0  # the last frame, on the wall clock
+        self._arrived_at = 0.0  # the last frame, on the wall clock
         self._stamp: float | None = None  # of the last frame that had one
         self._zero = 0.0  # stamp of second 0
         self._late: tuple[float, float] | None = None  # since when stamps are behind; by how much
@@ -47,7 +47,7 @@ class LiveClock:
             step = stamp - self._stamp
             self._zero += self._hurry(step, now, waited)
             second = stamp - self._zero
-            if not -_BACK <= step <= now - self._came + self._ahead:
+            if not -_BACK <= step <= now - self._arrived_at + self._ahead:
                 self.jump = step
             elif self._stays_behind(passed - second, now):
                 self.jump = second - passed
@@ -57,7 +57,7 @@ class LiveClock:
         if stamp is not None and (self.jump or self._stamp is None):
             self._zero, self._late, self._waited = stamp - second, None, now
         self._stamp = stamp if stamp is not None else self._stamp
-        self._came, self._second = now, second
+        self._arrived_at, self._second = now, second
         return second
 
     def passed(self, now: float) -> float | None:
@@ -66,7 +66,7 @@ class LiveClock:
 
     def set(self, second: float, now: float) -> None:
         """Somebody else says the second of a frame; the seconds of further ones go on from it."""
-        self._began, self._second, self._came = now - second, second, now
+        self._began, self._second, self._arrived_at = now - second, second, now
 
     def restart(self) -> None:
         """The source is a new one, with stamps of its own; the seconds go on."""
@@ -76,7 +76,7 @@ class LiveClock:
         """Seconds by which a frame, `step` after the last one, is earlier than its stamp says."""
         if waited is None or waited > step / 2:
             self._waited = now
-        return _HURRY * (now - self._came) if now - self._waited > _STORED else 0.0
+        return _HURRY * (now - self._arrived_at) if now - self._waited > _STORED else 0.0
 
     def _stays_behind(self, lag: float, now: float) -> bool:
         """Whether stamps have been behind for long, and do not catch up as those of a burst do."""
@@ -93,7 +93,7 @@ class Grid:
     """Chooses `fps` frames a second among those that come."""
 
     def __init__(self, fps: float) -> None:
-        self._fps, self._due, self._last = fps, 0.0, 0.0
+        self._fps, self._next_second, self._last = fps, 0.0, 0.0
 
     def take(self, second: float) -> float | None:
         """The second that a frame stands for, None for a frame that is not chosen.
@@ -103,8 +103,8 @@ class Grid:
         """
         slack = min(second - self._last, 1 / self._fps) / 4
         self._last = second
-        if second + slack < self._due - 1e-4:
+        if second + slack < self._next_second - 1e-4:
             return None
-        second = max(second, self._due)
-        self._due = (int((second + 1e-4) * self._fps) + 1) / self._fps
+        second = max(second, self._next_second)
+        self._next_second = (int((second + 1e-4) * self._fps) + 1) / self._fps
         return second

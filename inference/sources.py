@@ -47,7 +47,7 @@ class FileSource:
 
 
 def open_source(
-    name: str, reconnect: float = RECONNECT, tell: Callable[[str], None] = lambda text: None
+    name: str, reconnect: float = RECONNECT, notify: Callable[[str], None] = lambda text: None
 ) -> FileSource | LiveSource:
     """A video by its name: a path, the number of a camera, a URL, or `-` for stdin.
 
@@ -55,7 +55,7 @@ def open_source(
 
     Args:
         reconnect: seconds for which it is tried again once it is lost; 0: it is not.
-        tell: takes a line for the person who waits.
+        notify: takes a line for the person who waits.
 
     Raises:
         SourceError: it is not there.
@@ -69,12 +69,12 @@ def open_source(
     if camera or piped or files.is_url(name):
         device = camera[1] if camera else ""
         live = LiveSource("pipe:0" if name == "-" else name, device, piped, reconnect)
-        live.connect(tell)
+        live.connect(notify)
         if not live.whole or live.file_size > _LARGEST:
             return live
         live.close()
         size = f" of {live.file_size / 2**20:.1f} MiB" if live.file_size else ""
-        tell(f"{live.name}: a file{size}, fetched first")
+        notify(f"{live.name}: a file{size}, fetched first")
     return FileSource(name)
 
 
@@ -102,10 +102,10 @@ def _explained(name: str) -> Iterator[None]:
     if not files.is_url(name) and not Path(name).is_file():
         folder = Path(name).is_dir()
         raise SourceError(f"{name}: {'is a folder' if folder else 'there is no such file'}")
-    shown = without_secrets(name)
+    public_name = without_secrets(name)
     try:
         yield
     except SampleError as error:
-        raise SourceError(f"{shown}: {error.reason}: {error.detail}") from None
+        raise SourceError(f"{public_name}: {error.reason}: {error.detail}") from None
     except OSError as error:
-        raise SourceError(f"{shown}: cannot be read: {error}") from None
+        raise SourceError(f"{public_name}: cannot be read: {error}") from None

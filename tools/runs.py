@@ -55,10 +55,10 @@ class Run:
         values = [row[key] for row in flat if key in row]
         if not values:
             return ABSENT
-        return _shown(values[-1])
+        return _format(values[-1])
 
 
-def _shown(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return NOT_FINITE if value is None or not math.isfinite(value) else f"{value:.6g}"
 
 
@@ -106,7 +106,7 @@ def compare(folders: list[Path], out: Path) -> str:
     plot(runs, out)
     last = [[key, *(run.last(key) for run in runs)] for key in LAST]
     finite = ([v for v in run.curve("loss")[1] if math.isfinite(v)] for run in runs)
-    last.insert(2, ["lowest loss", *(_shown(min(values, default=None)) for values in finite)])
+    last.insert(2, ["lowest loss", *(_format(min(values, default=None)) for values in finite)])
     parts = [table("differs", runs, differences(runs)), table("last value", runs, last)]
     return "\n\n".join([*parts, f"plot: {out}"])
 

@@ -87,16 +87,16 @@ class Job:
         if not (out / MANIFEST).exists() and any(out.glob("*/*.tar")):
             raise ShardError(f"{out} already holds shards: choose another folder")
         if not _write_first(out / MANIFEST, json.dumps(begun, indent=2)):
-            known = json.loads((out / MANIFEST).read_text())
-            if known["arguments"] != arguments:
+            manifest = json.loads((out / MANIFEST).read_text())
+            if manifest["arguments"] != arguments:
                 raise ShardError(
                     f"{out} holds an import with other arguments: "
-                    f"{differences(known['arguments'], arguments)}: give the same ones, or choose "
-                    "another folder"
+                    f"{differences(manifest['arguments'], arguments)}: give the same ones, or "
+                    "choose another folder"
                 )
-            if not resume and not (run and known.get("run") == run):
+            if not resume and not (run and manifest.get("run") == run):
                 raise ShardError(f"{out} holds this import already: --resume goes on with it")
-            begun = known
+            begun = manifest
         finished = begun["result"] is not None
         if not finished:
             print_unread(opened)
@@ -138,12 +138,12 @@ def make_part(job: Job, number: int) -> None:
     if not (Path(job.out) / MANIFEST).exists():
         raise ShardError(f"{socket.gethostname()} does not see {job.out}: all machines must share "
                          "that folder")  # fmt: skip
-    known = json.loads((Path(job.out) / MANIFEST).read_text())["arguments"]
+    recorded = json.loads((Path(job.out) / MANIFEST).read_text())["arguments"]
     opened, arguments = job._opened()
-    if arguments != known:
+    if arguments != recorded:
         raise ShardError(
-            f"{socket.gethostname()} sees another source: {differences(known, arguments)}: it was "
-            "changed, or another folder has its name there"
+            f"{socket.gethostname()} sees another source: {differences(recorded, arguments)}: it "
+            "was changed, or another folder has its name there"
         )
     name = f".{number:05d}.{socket.gethostname()}-{os.getpid()}-"
     try:
@@ -169,7 +169,7 @@ def _import(
     journal = Journal(attempt, arguments | {"part": number})
     try:
         entries = _until_made(opened.entries(Share(number, job.parts)), job.part(number))
-        progress = Progress("", shown=False)
+        progress = Progress("", visible=False)
         import_entries(entries, journal, Pool(0), options, progress, f"part-{number:05d}")
         journal.finish(opened.left_out)
     finally:
@@ -177,10 +177,10 @@ def _import(
 
 
 def _until_made(entries: Iterator[Entry], part: Path) -> Iterator[Entry]:
-    due = time.monotonic() + _LOOK
+    next_look = time.monotonic() + _LOOK
     for entry in entries:
-        if time.monotonic() > due:
-            due = time.monotonic() + _LOOK
+        if time.monotonic() > next_look:
+            next_look = time.monotonic() + _LOOK
             if part.exists():
                 raise _MadeElsewhere
         yield entry
@@ -204,8 +204,8 @@ def check_parts(job: Job, last: bool = False) -> Summary:
 
 
 def write_result(job: Job, summary: Summary) -> None:
-    known = json.loads((Path(job.out) / MANIFEST).read_text())
-    text = json.dumps(known | {"result": summary.result()}, indent=2)
+    manifest = json.loads((Path(job.out) / MANIFEST).read_text())
+    text = json.dumps(manifest | {"result": summary.result()}, indent=2)
     write_atomically(Path(job.out) / MANIFEST, text + "\n")
 
 

@@ -35,15 +35,17 @@ class RunRank(NamedTuple):
 
 def run_rank(environment: Mapping[str, str] = os.environ) -> RunRank:
     """What torchrun or srun say in the environment; ShardError where neither has started this."""
-    known = environment.get
+    variable = environment.get
     try:
         if "RANK" in environment:
-            run = f"torchrun {known('TORCHELASTIC_RUN_ID', '')} {known('MASTER_PORT', '')}"
-            return RunRank(int(known("RANK", "")), int(known("WORLD_SIZE", "")), run)
+            run = f"torchrun {variable('TORCHELASTIC_RUN_ID', '')} {variable('MASTER_PORT', '')}"
+            return RunRank(int(variable("RANK", "")), int(variable("WORLD_SIZE", "")), run)
         if "SLURM_PROCID" in environment:
-            step = (known(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-            size = known("SLURM_STEP_NUM_TASKS") or known("SLURM_NTASKS", "1")
-            return RunRank(int(known("SLURM_PROCID", "")), int(size), f"srun {' '.join(step)}")
+            step = (
+                variable(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+            )
+            size = variable("SLURM_STEP_NUM_TASKS") or variable("SLURM_NTASKS", "1")
+            return RunRank(int(variable("SLURM_PROCID", "")), int(size), f"srun {' '.join(step)}")
     except ValueError as error:
         raise ShardError(f"the environment of srun or torchrun cannot be read: {error}") from None
     raise ShardError(
@@ -61,13 +63,13 @@ def run_parts(job: Job, mine: RunRank, silence: float, done: Callable[[int], Non
     claims = _Claims(job.folder, silence)
     order = sorted(range(job.parts), key=lambda number: _place(number, mine))
     while left := set(job.missing()):
-        taken = next((n for n in order if n in left and claims.take(n)), None)
-        if taken is None:
+        part = next((n for n in order if n in left and claims.take(n)), None)
+        if part is None:
             time.sleep(_LOOK)
             continue
-        with claims.held(taken):
-            make_part(job, taken)
-        done(taken)
+        with claims.held(part):
+            make_part(job, part)
+        done(part)
 
 
 def _place(number: int, mine: RunRank) -> tuple[bool, int]:
@@ -87,7 +89,7 @@ class _Claims:
     folder: Path
     silence: float
     # Of each claim of others: what it said, and since when by this process's clock.
-    _seen: dict[int, tuple[str, float]] = field(default_factory=dict)
+    _counters: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     def take(self, number: int) -> bool:
         try:
@@ -101,13 +103,13 @@ class _Claims:
     def _stands_still(self, number: int) -> bool:
         # Its content, not its time: clocks differ, and a network's file systems keep times.
         try:
-            said = self._path(number).read_text()
+            counter = self._path(number).read_text()
         except OSError:
             return False
         now = time.monotonic()
-        known, since = self._seen.get(number, (None, now))
-        if known != said:
-            self._seen[number] = (said, now)
+        before, since = self._counters.get(number, (None, now))
+        if before != counter:
+            self._counters[number] = (counter, now)
             return False
         return now - since > self.silence
 

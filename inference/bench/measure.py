@@ -128,10 +128,10 @@ def _decode(engine: Engine, slot: Slot, new: int, clock: Clock) -> list[float]:
 def uploaded(engine: Engine, clock: Clock, pictures: int = 16) -> list[float]:
     """Seconds to bring pictures (bytes, of the tower's size) to the device and normalize them."""
     size, seconds = engine.pixels.size, []
-    given = list(torch.randint(0, 255, (pictures, 3, size, size), dtype=torch.uint8))
+    images = list(torch.randint(0, 255, (pictures, 3, size, size), dtype=torch.uint8))
     for _ in range(8):
         start = clock()
-        engine.pixels(given)
+        engine.pixels(images)
         seconds.append(clock() - start)
     return seconds
 

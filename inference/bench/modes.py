@@ -208,9 +208,9 @@ class Bench:
         each, and a question."""
         if self.machine is None:
             return None
-        seen = min(frames, engine.window)
+        ring_frames = min(frames, engine.window)
         text = len(measure.PROMPT) + len(measure.QUESTION) + 2 * frames
-        return Floor(self.machine, Work.of(self.model, engine, self._encoding), text, seen)
+        return Floor(self.machine, Work.of(self.model, engine, self._encoding), text, ring_frames)
 
     @cached_property
     def _encoding(self) -> int:

@@ -82,9 +82,9 @@ def print_table(mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
         ("better", "r", [_cell(row.gain, ".3g", "x") for row in rows]),
         ("", "l", [row.unit for row in rows]),
     ]
-    shown = [column for column in columns if any(column[2])]
-    lines = zip(*([head, *cells] for head, _, cells in shown), strict=True)
-    print(format_table(list(lines), "".join(align for _, align, _ in shown)))
+    filled = [column for column in columns if any(column[2])]
+    lines = zip(*([head, *cells] for head, _, cells in filled), strict=True)
+    print(format_table(list(lines), "".join(align for _, align, _ in filled)))
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

@@ -141,7 +141,7 @@ def test_questions_come_in_time_while_a_camera_is_away(
     args = ["--checkpoint", str(tiny), "--jsonl", str(log), "--fps=5", "--device=cpu"]
     asks = ["--silence_bias=50", "--ask=0:Who?", "--ask=00:02:Where?", "--ask=2:00:30:Later?"]
     began: list[float] = []  # seconds since the epoch at which there was no frame yet
-    live, ask = feed.Feeder._live, feed.Feeder._ask
+    live, ask = feed.Feeder._live, feed.Feeder._ask_next
 
     def noting(feeder: feed.Feeder, source: LiveSource) -> float:
         began.append(time.time())
@@ -154,7 +154,7 @@ def test_questions_come_in_time_while_a_camera_is_away(
         ask(feeder, in_turn)
 
     monkeypatch.setattr(feed.Feeder, "_live", noting)
-    monkeypatch.setattr(feed.Feeder, "_ask", asking)
+    monkeypatch.setattr(feed.Feeder, "_ask_next", asking)
 
     def serve(number: int, client: socket.socket) -> None:
         """The first connection breaks off after the first frame was seen."""

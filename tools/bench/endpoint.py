@@ -105,8 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         form = body.get("response_format", {}).get("type", "text")
         if form in self.server.refuse:
             return self._send(400, {"error": {"message": f"response_format {form} is unknown"}})
-        kind, data, shown = _question(body)
-        failure = self.server.count(kind, json.dumps([kind, data, len(shown), body["seed"]]))
+        kind, data, pictures = _question(body)
+        failure = self.server.count(kind, json.dumps([kind, data, len(pictures), body["seed"]]))
         if failure == "hang":
             time.sleep(self.server.hang)
         if failure in ("closed", "hang"):
@@ -116,13 +116,13 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Retry-After": "0.05"} if failure == "429" else {}
             return self._send(int(failure), {"error": {"message": "busy"}}, headers)
         try:
-            reply = self.server.teacher.reply(kind, data, shown, str(body["seed"] % SEEDS))
+            reply = self.server.teacher.reply(kind, data, pictures, str(body["seed"] % SEEDS))
         except KeyError as error:
             return self._send(400, {"error": {"message": f"an unknown picture: {error!s:.60}"}})
         text = json.dumps(reply)
         if failure == "cut":
             text = text[: len(text) // 2]
-        read, wrote = 20 * len(shown) + len(json.dumps(data)) // 4, len(text) // 4 + 1
+        read, wrote = 20 * len(pictures) + len(json.dumps(data)) // 4, len(text) // 4 + 1
         return self._send(200, {
             "id": "toy", "object": "chat.completion", "model": body["model"],
             "choices": [{"index": 0, "finish_reason": "length" if failure else "stop",
@@ -151,8 +151,8 @@ def _question(body: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
     )
     texts = [part["text"] for part in parts if part["type"] == "text"]
     data = next(json.loads(text) for text in reversed(texts) if text.startswith("{"))
-    shown = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    return _kind(data), data, shown
+    pictures = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    return _kind(data), data, pictures
 
 
 def _kind(data: dict[str, Any]) -> str:

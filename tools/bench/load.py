@@ -86,9 +86,9 @@ def table(times: dict[int, list[float]], total: int) -> str:
     round."""
     first = next(iter(times.values()))
     lines = [["threads", "GB/s", "range", "times as fast", "range", "11B would take"]]
-    for threads, taken in times.items():
-        speed = [total / each / 1e9 for each in taken]
-        ratio = [one / each for one, each in zip(first, taken, strict=True)]
+    for threads, durations in times.items():
+        speed = [total / each / 1e9 for each in durations]
+        ratio = [one / each for one, each in zip(first, durations, strict=True)]
         middle = statistics.median(speed)
         lines.append([
             str(threads), f"{middle:.2f}", f"{min(speed):.2f}-{max(speed):.2f}",

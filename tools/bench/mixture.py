@@ -73,15 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     number = whole_number(above=0)
     parser.add_argument("--samples", type=number, default=1000, metavar="N", help="of each kind")
     parser.add_argument("--rounds", type=number, default=5, metavar="N", help="of both")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     rows = [["shards", "KB a sample", "reading, samples/s", "show, samples/s", "show / reading"]]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tokenizer = str(build_toy_tokenizer(folder / "tokenizer", [TEXT]))
         for name, kind, grain in KINDS:
-            shards = write_shards(repeated(kind, grain, given.samples), folder / name)
-            size = sum(shard.stat().st_size for shard in shards) / given.samples / 1e3
-            reading, counting, ratio = compare(folder / name, tokenizer, given.rounds)
+            shards = write_shards(repeated(kind, grain, args.samples), folder / name)
+            size = sum(shard.stat().st_size for shard in shards) / args.samples / 1e3
+            reading, counting, ratio = compare(folder / name, tokenizer, args.rounds)
             rows.append([name, f"{size:.0f}", f"{reading:.0f}", f"{counting:.0f}", f"{ratio:.2f}"])
     print(format_table(rows))
     return DONE

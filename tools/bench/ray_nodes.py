@@ -162,17 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--records", type=number, default=3200, metavar="N", help="with a picture")
     parser.add_argument("--parts", type=number, default=32, metavar="N", help="of each build")
     parser.add_argument("--rounds", type=number, default=3, metavar="N", help="of both")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     began = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source = make_source(folder / "in", given.records)
-        pairs = measure(folder, source, given.parts, given.rounds)
+        source = make_source(folder / "in", args.records)
+        pairs = measure(folder, source, args.parts, args.rounds)
         alike = same(folder)
     ratio = median(one / two for one, two in pairs)
     rows = [["nodes", "s", "records/s"]]
     for nodes, seconds in zip(("1", "2"), zip(*pairs, strict=True), strict=True):
-        rows.append([nodes, f"{median(seconds):.1f}", f"{given.records / median(seconds):.0f}"])
+        rows.append([nodes, f"{median(seconds):.1f}", f"{args.records / median(seconds):.0f}"])
     print(format_table(rows))
     print(f"two nodes / one: {ratio:.2f} times as fast ({min(o / t for o, t in pairs):.2f}-"
           f"{max(o / t for o, t in pairs):.2f}); the same shards: {'yes' if alike else 'NO'}; "

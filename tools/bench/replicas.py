@@ -44,12 +44,12 @@ ASK_EVERY = 5  # frames
 PACE, BIAS, LONGEST = 4, 4.0, 9  # of each session: little is said, and often
 LONGEST_SILENCE = 600.0  # seconds without an event, after which none is waited for
 # What is compared: types of events, and their fields.
-TOLD = (
+COMPARED_TYPES = (
     "conversation.item.created", "input_frame.processed", "response.output_text.delta",
     "response.done", "session.state", "input_frame.dropped", "session.evicted", "error",
 )  # fmt: skip
 FIELDS = ("text", "frame_at", "decision", "delta", "status", "reason", "state", "code", "count")
-Told = list[tuple[str, list[Any]]]
+ComparedEvents = list[tuple[str, list[Any]]]
 
 
 def picture(session: int, frame: int) -> bytes:
@@ -66,11 +66,13 @@ def question(session: int, frame: int) -> str | None:
     return f"What is new since second {frame - 1}?"
 
 
-def told(events: Sequence[dict[str, Any]]) -> Told:
-    return [(e["type"], [e.get(name) for name in FIELDS]) for e in events if e["type"] in TOLD]
+def compared(events: Sequence[dict[str, Any]]) -> ComparedEvents:
+    return [
+        (e["type"], [e.get(name) for name in FIELDS]) for e in events if e["type"] in COMPARED_TYPES
+    ]
 
 
-def undisturbed(runner: Runner, session: int, frames: int) -> Told:
+def undisturbed(runner: Runner, session: int, frames: int) -> ComparedEvents:
     """The events of a session in one process, which is given its frames one after the other."""
     with runner.session(
         live=False, clock="media", pace=PACE, max_new_tokens=LONGEST,
@@ -79,7 +81,7 @@ def undisturbed(runner: Runner, session: int, frames: int) -> Told:
         for frame in range(frames):
             handle.put_frame(picture(session, frame), float(frame), question(session, frame))
         handle.end()
-        return told([event.as_dict() for event in handle.events()])
+        return compared([event.as_dict() for event in handle.events()])
 
 
 @dataclass
@@ -277,7 +279,7 @@ def differing(clients: Sequence[Client], runner: Runner) -> list[int]:
     """The sessions whose events differ from the undisturbed ones."""
 
     def differs(client: Client) -> bool:
-        return told(client.events) != undisturbed(runner, client.number, client.frames)
+        return compared(client.events) != undisturbed(runner, client.number, client.frames)
 
     with ThreadPoolExecutor(runner.engine.max_sessions) as pool:
         found = list(pool.map(differs, clients))
@@ -329,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {
         "sessions": len(clients),
         "frames": sum(client.frames for client in clients),
-        "words told (events compared)": sum(len(told(client.events)) for client in clients),
+        "words told (events compared)": sum(len(compared(client.events)) for client in clients),
         "kills": len(drill.kills),
         "sessions moved": sum(kill.sessions for kill in drill.kills),
         "session.resumed": sum(client.count("session.resumed") for client in clients),

@@ -122,22 +122,22 @@ def simulate(traffic: Traffic, host_s: float = 0.0, overlap: bool = False) -> Re
     pending = [False] * traffic.sessions
     result, now = Result(traffic.seconds, [0] * traffic.sessions), 0.0
     waiting = traffic.events()[::-1]
-    asked: list[list[float]] = [[] for _ in sessions]
+    asked_at: list[list[float]] = [[] for _ in sessions]
     while now < traffic.seconds:
         while waiting and waiting[-1][0] <= now:
             second, number, text = waiting.pop()
             if text:
                 sessions[number].ask(Prompt(text, second))
-                asked[number].append(second)
+                asked_at[number].append(second)
             else:
                 sessions[number].push(Frame(PICTURE, second, second))
-        taken = [(n, r) for n, s in enumerate(sessions) if (r := s.next_step(now)) is not None]
-        if not taken:
+        steps = [(n, r) for n, s in enumerate(sessions) if (r := s.next_step(now)) is not None]
+        if not steps:
             now = waiting[-1][0] if waiting else traffic.seconds
             continue
-        requests, waits = [r for _, r in taken], [pending[n] for n, _ in taken]
+        requests, waits = [r for _, r in steps], [pending[n] for n, _ in steps]
         now += host_s + step_seconds(requests, waits, overlap)
-        for number, request in taken:
+        for number, request in steps:
             pending[number] = request.sample
             if not request.sample:
                 continue
@@ -145,9 +145,9 @@ def simulate(traffic: Traffic, host_s: float = 0.0, overlap: bool = False) -> Re
             result.tokens[number] += 1
             if request.frame:
                 result.decisions.append(now - request.frame.arrived)
-            if asked[number] and not sessions[number].prompts:
-                result.answers += [now - second for second in asked[number]]
-                asked[number].clear()
+            if asked_at[number] and not sessions[number].prompts:
+                result.answers += [now - second for second in asked_at[number]]
+                asked_at[number].clear()
     return result
 
 

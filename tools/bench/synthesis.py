@@ -46,20 +46,20 @@ def stories(count: int, seed: int = 0) -> list[Story]:
     return made
 
 
-def render(folder: Path, told: Sequence[Story], size: int = 56, fps: int = 2) -> None:
+def render(folder: Path, clip_stories: Sequence[Story], size: int = 56, fps: int = 2) -> None:
     """Renders the clips with a clock in the picture, by which the model tells the seconds apart."""
     folder.mkdir(parents=True)
-    for number, story in enumerate(told):
+    for number, story in enumerate(clip_stories):
         (folder / f"{number:05d}.mp4").write_bytes(mp4(story, size, fps, clock=True))
 
 
-def teacher(folder: Path, told: Sequence[Story], wrong: float, seed: int = 0) -> Teacher:
+def teacher(folder: Path, clip_stories: Sequence[Story], wrong: float, seed: int = 0) -> Teacher:
     """The model that knows the pictures of a folder of clips."""
     pictures: dict[str, tuple[int, int]] = {}
     for number, source in enumerate(find_sources(str(folder))):
         (clip,) = clips(source, Path(source.path).read_bytes(), CutConfig(), [])
         pictures |= {picture: (number, t) for t, picture in enumerate(clip.pictures)}
-    return Teacher(told, pictures, wrong, seed)
+    return Teacher(clip_stories, pictures, wrong, seed)
 
 
 @dataclass
@@ -105,17 +105,17 @@ def outcomes(out: Path) -> dict[str, dict[str, Any]]:
     return {path: json.loads(outcome) for path, outcome in rows}
 
 
-def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> CandidateCounts:
+def judge(found: dict[str, dict[str, Any]], clip_stories: Sequence[Story]) -> CandidateCounts:
     """Holds candidates against the truth: the answers must be those of the world, and the
     conversation must be possible."""
     judged = CandidateCounts()
     for path, outcome in found.items():
-        story = told[int(Path(path).stem)]
+        story = clip_stories[int(Path(path).stem)]
         for clip in outcome["clips"]:
             facts, seconds = of_story(story, clip["start"]), clip["end"] - clip["start"] + 1
             for one in clip["candidates"]:
-                said = {answer["second"]: answer["text"] for answer in one["answers"]}
-                right = said == spoken(facts, one["questions"], seconds)
+                answers = {answer["second"]: answer["text"] for answer in one["answers"]}
+                right = answers == spoken(facts, one["questions"], seconds)
                 right &= fault(candidate_of(one["role"], one), seconds, PACE) is None
                 judged.right += right
                 judged.wrong += not right
@@ -138,7 +138,7 @@ def synthesize(videos: Path, out: Path, url: str, *more: str) -> int:
     return moss_data(arguments(videos, out, url, *more))
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("--clips", type=whole_number(above=0), default=100, metavar="N", help="of the toy world")
@@ -148,17 +148,17 @@ def main(given: list[str] | None = None) -> int:
         "that fail or get malformed replies")  # fmt: skip
     add("--lead", type=whole_number(above=0), default=3, help="votes by which a verdict leads")
     add("--seed", type=whole_number(least=0), default=0, help="of the clips and of the errors")
-    options = parser.parse_args(given)
-    told = stories(options.clips, options.seed)
+    options = parser.parse_args(argv)
+    clip_stories = stories(options.clips, options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         videos, out = Path(temporary) / "videos", Path(temporary) / "out"
-        render(videos, told)
-        model = teacher(videos, told, options.wrong, options.seed)
+        render(videos, clip_stories)
+        model = teacher(videos, clip_stories, options.wrong, options.seed)
         began = time.perf_counter()
         with ToyEndpoint(model, options.failing, hang=3.0) as server:
             code = synthesize(videos, out, server.url, "--lead", str(options.lead))
         seconds = time.perf_counter() - began
-        judged = judge(outcomes(out), told)
+        judged = judge(outcomes(out), clip_stories)
     served = server.served
     print(f"{served.requests} requests in {seconds:.0f} s ({served.requests / seconds:.0f}/s), "
           f"failed: {served.requests - served.failures['']}")  # fmt: skip

@@ -33,15 +33,15 @@ from tools.demo.parts import BATCH, LIVE, Part
 
 PROGRAM = "python -m tools.bench.synthesis_training"
 CLOSE = 0.03  # of the decision F1
-SHOWN = ("decision F1", "events spoken within 1 s", "  with the right words",
+METRICS = ("decision F1", "events spoken within 1 s", "  with the right words",
          "false alarms a minute")  # fmt: skip
 
 
-def truth(folder: Path, out: Path, told: Sequence[Story]) -> None:
+def truth(folder: Path, out: Path, clip_stories: Sequence[Story]) -> None:
     """Yields samples of all roles about a folder of clips, unchecked, from a model that never
     errs."""
-    model, found = Teacher(told, {}, 0.0), {}
-    for source, story in zip(find_sources(str(folder)), told, strict=True):
+    model, found = Teacher(clip_stories, {}, 0.0), {}
+    for source, story in zip(find_sources(str(folder)), clip_stories, strict=True):
         seconds = len(story.states)
         timeline = {
             "scenes": [{"second": 0, "text": describe(story.states[0])}],
@@ -74,19 +74,19 @@ def world(out: Path, base: Path, made: Path, heldout: Path) -> Path:
     return partial.rename(out)
 
 
-def data(folder: Path, given: argparse.Namespace) -> None:
+def data(folder: Path, args: argparse.Namespace) -> None:
     """Makes the clips, their synthesized samples, their true samples, and a toy world with each."""
-    told, other = stories(given.clips), stories(given.heldout, seed=1)
-    for name, those in (("clips", told), ("heldout", other)):
+    clip_stories, other = stories(args.clips), stories(args.heldout, seed=1)
+    for name, those in (("clips", clip_stories), ("heldout", other)):
         if not (folder / name).exists():
             render(folder / f".{name}", those)
             (folder / f".{name}").rename(folder / name)
-    truth(folder / "clips", folder / "truth", told)
+    truth(folder / "clips", folder / "truth", clip_stories)
     truth(folder / "heldout", folder / "truth-heldout", other)
-    model = teacher(folder / "clips", told, given.wrong)
-    with ToyEndpoint(model, given.failing, hang=3.0) as server:
+    model = teacher(folder / "clips", clip_stories, args.wrong)
+    with ToyEndpoint(model, args.failing, hang=3.0) as server:
         synthesize(folder / "clips", folder / "made", server.url)
-    build_toy(folder / "world", ToyConfig(train=given.world, heldout=20, stages=(LIVE,)))
+    build_toy(folder / "world", ToyConfig(train=args.world, heldout=20, stages=(LIVE,)))
     for name in ("made", "truth"):
         world(folder / f"world-{name}", folder / "world", folder / name, folder / "truth-heldout")
 
@@ -134,17 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
     add("--wrong", type=finite_number(least=0, below=1), default=0.1, help="share of wrong replies")
     add("--failing", type=finite_number(least=0, below=1), default=0.05, help="share of requests "
         "that fail")  # fmt: skip
-    given = parser.parse_args(arguments)
-    folder = given.folder.absolute()
+    args = parser.parse_args(arguments)
+    folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    data(folder, given)
-    run_all(parts(folder, given.steps, given.ranks), folder / "parts.json")
+    data(folder, args)
+    run_all(parts(folder, args.steps, args.ranks), folder / "parts.json")
     made, true = scores(folder / "run-made"), scores(folder / "run-truth")
     rows = [["score", "made", "truth"]]
-    rows += [[name.strip(), f"{made[name]:.3f}", f"{true[name]:.3f}"] for name in SHOWN]
+    rows += [[name.strip(), f"{made[name]:.3f}", f"{true[name]:.3f}"] for name in METRICS]
     print(format_table(rows))
     write_atomically(folder / "scores.json", json.dumps({"made": made, "truth": true}, indent=1))
-    return DONE if true[SHOWN[0]] - made[SHOWN[0]] <= CLOSE else FAILED
+    return DONE if true[METRICS[0]] - made[METRICS[0]] <= CLOSE else FAILED
 
 
 if __name__ == "__main__":

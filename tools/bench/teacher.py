@@ -17,7 +17,7 @@ from data_pipeline.toy.captions import NUMBERS, describe, sentence, tell, yes_or
 from data_pipeline.toy.stream import NARRATE
 from data_pipeline.toy.world import COLOURS, DIRECTIONS, SHAPES, Event, Story
 
-Said = dict[str, Any]  # `second`, `text`
+TextAt = dict[str, Any]  # `second`, `text`
 _KINDS = {"comes": "come", "leaves": "leave", "moves": "move", "turns": "turn"}
 _EVENT = re.compile(rf"(?:A|The) (\w+ \w+) ({'|'.join(_KINDS)}) ?(\w*)\.")
 _NAME = re.compile(r"[Aa] (\w+) (\w+)")
@@ -58,63 +58,65 @@ def of_story(story: Story, start: int = 0) -> Facts:
 def of_timeline(data: Mapping[str, Any]) -> Facts:
     """The facts that captions state."""
     events = []
-    for said in data["events"]:
-        match = _EVENT.fullmatch(said["text"])
-        if match and said["second"] > 0:
+    for caption in data["events"]:
+        match = _EVENT.fullmatch(caption["text"])
+        if match and caption["second"] > 0:
             kind: Any = _KINDS[match[2]]
-            events.append(Event(said["second"], kind, match[1], match[3]))
+            events.append(Event(caption["second"], kind, match[1], match[3]))
     events.sort(key=lambda event: event.second)
     return Facts(data["scenes"][0]["text"], tuple(events))
 
 
-def spoken(facts: Facts, questions: Sequence[Said], seconds: int) -> dict[int, str]:
+def spoken(facts: Facts, questions: Sequence[TextAt], seconds: int) -> dict[int, str]:
     """The texts that are due at each second; from its second on, the latest question counts."""
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
     ends = [question["second"] for question in questions[1:]] + [seconds]
     for question, end in zip(questions, ends, strict=True):
         begin = question["second"]
         answers = _answers(facts, question["text"], begin, range(begin + 1, end))
-        said |= {second: text for second, text in answers.items() if begin <= second < end}
-    return said
+        texts |= {second: text for second, text in answers.items() if begin <= second < end}
+    return texts
 
 
-def _answers(facts: Facts, asked: str, begin: int, later: range) -> dict[int, str]:
+def _answers(facts: Facts, question: str, begin: int, later: range) -> dict[int, str]:
     events = [event for event in facts.events if event.second in later]
-    told = {event.second: tell(event) for event in events}
-    if asked == NARRATE:
-        return ({0: facts.scene} if begin == 0 else {}) | told
-    if asked.startswith(_WHEN):
-        wanted = sentence(asked.removeprefix(_WHEN).rstrip("."))
-        return next(({second: text} for second, text in told.items() if text == wanted), {})
-    if asked.startswith(_WHENEVER):
-        kind = _KINDS[asked.removeprefix(_WHENEVER).rstrip(".")]
+    descriptions = {event.second: tell(event) for event in events}
+    if question == NARRATE:
+        return ({0: facts.scene} if begin == 0 else {}) | descriptions
+    if question.startswith(_WHEN):
+        description = sentence(question.removeprefix(_WHEN).rstrip("."))
+        return next(
+            ({second: text} for second, text in descriptions.items() if text == description), {}
+        )
+    if question.startswith(_WHENEVER):
+        kind = _KINDS[question.removeprefix(_WHENEVER).rstrip(".")]
         return {event.second: tell(event) for event in events if event.kind == kind}
-    if asked.startswith(_COUNT):
-        kind = _KINDS[asked.removeprefix(_COUNT).rstrip(".")]
+    if question.startswith(_COUNT):
+        kind = _KINDS[question.removeprefix(_COUNT).rstrip(".")]
         those = [event for event in events if event.kind == kind]
         return {event.second: sentence(NUMBERS[i]) for i, event in enumerate(those, 1)}
-    if asked.startswith(_THERE):
-        shape = asked.removeprefix(_THERE).rstrip("?")
+    if question.startswith(_THERE):
+        shape = question.removeprefix(_THERE).rstrip("?")
         return {begin: sentence(yes_or_no(shape in facts.colours(begin)))}
-    return _corrected(facts, asked, begin, later)
+    return _corrected(facts, question, begin, later)
 
 
-def _corrected(facts: Facts, asked: str, begin: int, later: range) -> dict[int, str]:
+def _corrected(facts: Facts, question: str, begin: int, later: range) -> dict[int, str]:
     """The answer now, and its correction each time that it changes."""
 
     def answer(second: int) -> str:
         colours = facts.colours(second)
-        if asked == _HOW_MANY:
+        if question == _HOW_MANY:
             return NUMBERS[len(colours)]
-        return colours.get(asked.removeprefix(_COLOUR).rstrip("?"), "gone")
+        return colours.get(question.removeprefix(_COLOUR).rstrip("?"), "gone")
 
-    said, latest = {begin: sentence(answer(begin))}, answer(begin)
+    texts, latest = {begin: sentence(answer(begin))}, answer(begin)
     for second in later:
         if answer(second) != latest:
             latest = answer(second)
-            now = "now there are" if asked == _HOW_MANY else "now it is"
-            said[second] = sentence(f"{now} {latest}")
-    return said
+            now = "now there are" if question == _HOW_MANY else "now it is"
+            texts[second] = sentence(f"{now} {latest}")
+    return texts
 
 
 class Teacher:
@@ -133,10 +135,10 @@ class Teacher:
     ) -> None:
         self._stories, self.pictures, self._wrong, self._seed = stories, pictures, wrong, seed
 
-    def reply(self, kind: str, data: dict[str, Any], shown: Sequence[str], vote: str) -> Any:
+    def reply(self, kind: str, data: dict[str, Any], urls: Sequence[str], vote: str) -> Any:
         """The reply to a request, always the same for the same request and vote. KeyError: a
         picture is unknown."""
-        frames = [self.pictures[picture] for picture in shown]
+        frames = [self.pictures[picture] for picture in urls]
         # The data last: a difference in them alone must make another draw.
         draws = random.Random(f"{self._seed}/{kind}/{vote}/{frames}/{sorted(data.items())}")
         wrong = draws.random() < self._wrong
@@ -144,7 +146,7 @@ class Teacher:
             return {"samples": _written(data, draws, wrong)}
         if kind == "audit":
             expected = spoken(of_timeline(data), data["questions"], data["seconds"])
-            right = {said["second"]: said["text"] for said in data["answers"]} == expected
+            right = {answer["second"]: answer["text"] for answer in data["answers"]} == expected
             return _verdict("right", right != wrong)
         if kind == "same":
             a, b = (text.lower().strip(" .") for text in data["answers"])
@@ -159,8 +161,8 @@ class Teacher:
         truth = _caption(story, data["seconds"], last)
         if kind == "caption":
             return _miscaptioned(truth, data["seconds"], draws) if wrong else truth
-        seen = {name: data[name] for name in truth}
-        return _verdict("right", (seen == truth) != wrong)
+        claimed = {name: data[name] for name in truth}
+        return _verdict("right", (claimed == truth) != wrong)
 
 
 def _verdict(name: str, yes: bool) -> dict[str, Any]:
@@ -230,64 +232,64 @@ def _changed(text: str, draws: random.Random) -> str:
 def _written(data: dict[str, Any], draws: random.Random, wrong: bool) -> list[dict[str, Any]]:
     """Conversations of a role about a timeline; fewer than asked for where it has no more."""
     facts, seconds = of_timeline(data), data["seconds"]
-    asked = _questions(data["role"], facts, seconds, draws)
+    candidates = _questions(data["role"], facts, seconds, draws)
     made = []
-    for questions in draws.sample(asked, min(data["number"], len(asked))):
-        said = spoken(facts, questions, seconds)
-        answers = [{"second": second, "text": text} for second, text in sorted(said.items())]
+    for questions in draws.sample(candidates, min(data["number"], len(candidates))):
+        texts = spoken(facts, questions, seconds)
+        answers = [{"second": second, "text": text} for second, text in sorted(texts.items())]
         sample = {"questions": questions, "answers": answers}
         made.append(_spoiled(sample, facts, draws) if wrong else sample)
     return made
 
 
-def _questions(role: str, facts: Facts, seconds: int, draws: random.Random) -> list[list[Said]]:
+def _questions(role: str, facts: Facts, seconds: int, draws: random.Random) -> list[list[TextAt]]:
     """The questions of a role that fit the timeline."""
     kinds = {verb: [e.second for e in facts.events if e.kind == kind]
              for verb, kind in _KINDS.items()}  # fmt: skip
     happened = {verb: times for verb, times in kinds.items() if times}
     if role == "fire_once":
         late = [event for event in facts.events if event.second > 1]
-        return [[_ask(_when(e), draws.randrange(e.second - 1, e.second))] for e in late]
+        return [[_text_at(_when(e), draws.randrange(e.second - 1, e.second))] for e in late]
     if role == "resident":
-        return [[_ask(f"{_WHENEVER}{verb}.", draws.randrange(times[0]))]
+        return [[_text_at(f"{_WHENEVER}{verb}.", draws.randrange(times[0]))]
                 for verb, times in happened.items()]  # fmt: skip
     if role == "counting":
-        return [[_ask(f"{_COUNT}{verb}.", 0)] for verb in happened]
+        return [[_text_at(f"{_COUNT}{verb}.", 0)] for verb in happened]
     if role == "commentary":
-        return [[_ask(NARRATE, 0)]]
+        return [[_text_at(NARRATE, 0)]]
     if role == "interruption":
-        newer = _ask(f"{_THERE}{draws.choice(SHAPES)}?", draws.randrange(1, seconds - 1))
-        return [[_ask(NARRATE, 0), newer]]
+        newer = _text_at(f"{_THERE}{draws.choice(SHAPES)}?", draws.randrange(1, seconds - 1))
+        return [[_text_at(NARRATE, 0), newer]]
     if role == "self_correction":
-        asked = [_ask(f"{_COLOUR}{e.shape}?", draws.randrange(e.second)) for e in facts.events
+        found = [_text_at(f"{_COLOUR}{e.shape}?", draws.randrange(e.second)) for e in facts.events
                  if e.kind == "turn"]  # fmt: skip
-        asked += [_ask(_HOW_MANY, draws.randrange(e.second)) for e in facts.events
+        found += [_text_at(_HOW_MANY, draws.randrange(e.second)) for e in facts.events
                   if e.kind in ("come", "leave")]  # fmt: skip
-        return [[one] for one in asked if _known(facts, one)]
-    return [[_ask(text, 0)] for text in _absent(facts)]
+        return [[one] for one in found if _has_answer(facts, one)]
+    return [[_text_at(text, 0)] for text in _absent(facts)]
 
 
-def _known(facts: Facts, asked: Said) -> bool:
+def _has_answer(facts: Facts, question: TextAt) -> bool:
     """Whether the shape whose colour is asked for is there."""
-    shape = asked["text"].removeprefix(_COLOUR).rstrip("?")
-    return asked["text"] == _HOW_MANY or shape in facts.colours(asked["second"])
+    shape = question["text"].removeprefix(_COLOUR).rstrip("?")
+    return question["text"] == _HOW_MANY or shape in facts.colours(question["second"])
 
 
 def _absent(facts: Facts) -> list[str]:
     """Moves of shapes of the first scene that do not happen."""
-    told = {tell(event) for event in facts.events}
+    happened = {tell(event) for event in facts.events}
     things = [f"{colour} {shape}" for colour, shape in _NAME.findall(facts.scene)]
     moves = [Event(0, "move", who, to) for who in things for to in DIRECTIONS]
-    return [_when(event) for event in moves if tell(event) not in told]
+    return [_when(event) for event in moves if tell(event) not in happened]
 
 
-def _ask(text: str, second: int) -> Said:
+def _text_at(text: str, second: int) -> TextAt:
     return {"second": second, "text": text}
 
 
 def _when(event: Event) -> str:
-    told = tell(event)
-    return f"{_WHEN}{told[0].lower()}{told[1:]}"
+    description = tell(event)
+    return f"{_WHEN}{description[0].lower()}{description[1:]}"
 
 
 def _spoiled(sample: dict[str, Any], facts: Facts, draws: random.Random) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def _spoiled(sample: dict[str, Any], facts: Facts, draws: random.Random) -> dict
         if not facts.events:
             return sample
         event = facts.events[-1]
-        return {"questions": [_ask(_when(event), 0)], "answers": []}
+        return {"questions": [_text_at(_when(event), 0)], "answers": []}
     answer = draws.choice(answers)
     how = draws.choice(("time", "time", "text", "text", "left out", "leak"))
     if how == "time":

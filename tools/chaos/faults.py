@@ -139,12 +139,12 @@ def _fill(job: Training, _chance: random.Random) -> None:
 
 @contextmanager
 def _filled(path: Path) -> Iterator[None]:
-    piece, taken = SIZE, 0
+    piece, filled = SIZE, 0
     with path.open("wb") as file:
         while piece >= 1 << 12:
             try:
-                os.posix_fallocate(file.fileno(), taken, piece)
-                taken += piece
+                os.posix_fallocate(file.fileno(), filled, piece)
+                filled += piece
             except OSError:
                 piece //= 2
     try:

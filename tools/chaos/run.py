@@ -132,10 +132,10 @@ class Chaos:
         verdict.start_s = time.monotonic() - self.began
         limit_s = HUNG_S + STARTS * verdict.start_s
         self.log(f"a start: {verdict.start_s:.0f} s")
-        wanted = [fault for fault in faults if not self.kinds or fault.name in self.kinds]
-        if not wanted:
+        selected = [fault for fault in faults if not self.kinds or fault.name in self.kinds]
+        if not selected:
             verdict.wrong.append("no fault was tried: none of --kinds can be, here")
-        for fault, early in chosen(wanted, self.count, self.chance):
+        for fault, early in chosen(selected, self.count, self.chance):
             if self.should_stop():
                 break
             outcome = self._one(job, while_it_starts(fault, verdict.start_s) if early else fault)

@@ -38,26 +38,26 @@ from tools.shards.find import StoredSample, find_sources, stored_samples
 PROGRAM = "moss-data"
 
 
-def check(given: argparse.Namespace) -> int:
-    options = build.options_of(given)
-    checked = check_source(given.source, options, given.limit, given.samples)
+def check(args: argparse.Namespace) -> int:
+    options = build.options_of(args)
+    checked = check_source(args.source, options, args.limit, args.samples)
     print("\n".join(checked.lines()))
     if checked.samples:
-        _page(given, f"{given.source}: {checked.form}", checked.lines(), checked.samples, {})
+        _page(args, f"{args.source}: {checked.form}", checked.lines(), checked.samples, {})
     return DONE if checked.usable else FAILED
 
 
-def show(given: argparse.Namespace) -> int:
-    sources = find_sources(given.shards)
-    first = _first(sources, given.samples)
+def show(args: argparse.Namespace) -> int:
+    sources = find_sources(args.shards)
+    first = _first(sources, args.samples)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = given.tokenizer or toy_tokenizer(Path(folder), first)
-        config = stage_encoding(tokenizer, given.stage, given.tile_size, given.max_tiles)
-        by_source = mixture(sources, config, given.workers)
-        text = table(by_source, given.length or config.sequence_length)
+        tokenizer = args.tokenizer or toy_tokenizer(Path(folder), first)
+        config = stage_encoding(tokenizer, args.stage, args.tile_size, args.max_tiles)
+        by_source = mixture(sources, config, args.workers)
+        text = table(by_source, args.length or config.sequence_length)
     print(text)
     panels = {str(source): histogram(counts.lengths) for source, counts in by_source.items()}
-    _page(given, str(given.shards), text.splitlines(), first, panels)
+    _page(args, str(args.shards), text.splitlines(), first, panels)
     return DONE if any(counts.samples for counts in by_source.values()) else FAILED
 
 
@@ -74,27 +74,27 @@ def _first(sources: list[Path], most: int) -> list[StoredSample]:
 
 
 def _page(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     title: str,
     facts: list[str],
     samples: list[StoredSample],
     panels: dict[str, str],
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        if not given.tokenizer:
+        if not args.tokenizer:
             facts = [*facts, "tokens of a toy tokenizer: give --tokenizer"]
-        tokenizer = given.tokenizer or toy_tokenizer(Path(folder), samples)
-        config = stage_encoding(tokenizer, given.stage, given.tile_size, given.max_tiles)
-        write_page(given.page, title, facts, samples, config, panels)
-    print(f"{len(samples)} samples as the model sees them: {given.page}")
+        tokenizer = args.tokenizer or toy_tokenizer(Path(folder), samples)
+        config = stage_encoding(tokenizer, args.stage, args.tile_size, args.max_tiles)
+        write_page(args.page, title, facts, samples, config, panels)
+    print(f"{len(samples)} samples as the model sees them: {args.page}")
 
 
-def import_(given: argparse.Namespace) -> int:
-    if given.check:
-        return check(given)
-    if given.out is None:
+def import_(args: argparse.Namespace) -> int:
+    if args.check:
+        return check(args)
+    if args.out is None:
         raise ValueError("OUT is missing: the folder of the shards (or give --check)")
-    return build.run(given, PROGRAM)
+    return build.run(args, PROGRAM)
 
 
 def _parser() -> CommandParser:
@@ -133,11 +133,11 @@ def _parser() -> CommandParser:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if given.command == "synthesize":
-            return synthesize.synthesize(given, parser.prog)
-        return {"import": import_, "show": show}[given.command](given)
+        if args.command == "synthesize":
+            return synthesize.synthesize(args, parser.prog)
+        return {"import": import_, "show": show}[args.command](args)
     except (ShardError, SampleError) as error:
         return report_error(parser.prog, error)
     except ValueError as error:

@@ -43,7 +43,7 @@ class CheckedSource:
     def records(self) -> int:
         return self.usable.total() + self.skipped.total()
 
-    def add(self, outcome: Outcome, shown: int) -> None:
+    def add(self, outcome: Outcome, keep: int) -> None:
         where = f"{outcome.key} ({outcome.file})"
         if isinstance(outcome.sample, SampleError):
             reason = outcome.sample.reason
@@ -54,7 +54,7 @@ class CheckedSource:
         for note in outcome.notes:
             self.noted[note] += 1
             self._example(f"noted, {note}", where)
-        if len(self.samples) < shown:
+        if len(self.samples) < keep:
             parts = {name: data for name, data in outcome.sample.items() if name != "__key__"}
             self.samples.append(StoredSample(outcome.key, Path(outcome.file), parts))
 
@@ -85,10 +85,8 @@ def form_name(opened: OpenSource) -> str:
     return ", ".join(opened.found) or opened.form
 
 
-def check_source(
-    source: str, options: BuildOptions, limit: int | None, shown: int
-) -> CheckedSource:
-    """Reads, decodes and converts the first `limit` records (None: all); keeps `shown` samples.
+def check_source(source: str, options: BuildOptions, limit: int | None, keep: int) -> CheckedSource:
+    """Reads, decodes and converts the first `limit` records (None: all); keeps `keep` samples.
     Raises ShardError for a source that cannot be used."""
     files.use_stores(options.stores)
     pool = Pool(options.workers)
@@ -102,7 +100,7 @@ def check_source(
             for index, entry in enumerate(islice(opened.entries(WHOLE), limit))
         )
         for outcome in pool.finish(read_ahead(entries, options.stores), options.media):
-            checked.add(outcome, shown)
+            checked.add(outcome, keep)
             skipped = checked.skipped.total()
             progress.step(share=outcome.share, note=f"{skipped} skipped" if skipped else "")
         checked.noted.update(opened.left_out)

@@ -197,14 +197,14 @@ def _count(
         sample.messages, frames, form=form, sequence_length=config.sequence_length
     )
     labels = len(prompt.labels) - prompt.labels.count(IGNORED_LABEL)
-    shown = len(prompt.frame_positions)
+    frame_count = len(prompt.frame_positions)
     counted.samples += 1
-    counted.frames += shown
-    counted.text += len(prompt.tokens) - shown
+    counted.frames += frame_count
+    counted.text += len(prompt.tokens) - frame_count
     counted.labels += labels
     counted.realtime_labels += labels if realtime else 0
     counted.silence += prompt.labels.count(special.silence) if realtime else 0
-    counted.lengths.append((len(prompt.tokens), shown))
+    counted.lengths.append((len(prompt.tokens), frame_count))
 
 
 def _frames(file: _Slice, config: EncodeConfig) -> int:
@@ -223,8 +223,8 @@ class _Slice(io.RawIOBase):
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.size - self._at)
-        wanted = left if count < 0 else min(count, left)
-        data = os.pread(self._file.fileno(), wanted, self._offset + self._at)
+        size = left if count < 0 else min(count, left)
+        data = os.pread(self._file.fileno(), size, self._offset + self._at)
         self._at += len(data)
         return data
 

@@ -53,14 +53,14 @@ def write_report(
     """Writes OUT/report.html, one file that needs no network."""
     ledger = Ledger(config.output, sum(u[1] for u in usage.values()),
                     sum(u[2] for u in usage.values()))  # fmt: skip
-    shown = Counter[tuple[str, str]]()
+    counts = Counter[tuple[str, str]]()
     accepted: list[Example] = []
     rejected: list[Example] = []
     for sample in found:
         reason = sample.fault[0] if sample.fault else ""
         kind = (sample.candidate["role"] if not reason else "", reason)
-        shown[kind] += 1
-        if shown[kind] <= examples:
+        counts[kind] += 1
+        if counts[kind] <= examples:
             (rejected if reason else accepted).append(_example(sample, config.cut.window))
     page = render(
         "synthesis.html.jinja",
@@ -94,9 +94,9 @@ def _roles(written: WriteCounts, config: SynthesisConfig) -> list[list[str]]:
         rejected[role] += count
     rows = []
     for role in config.write.roles:
-        taken, left = written.accepted[role], rejected[role]
-        share = f"{taken / (taken + left):.0%}" if taken + left else "-"
-        rows.append([role, str(taken), str(left), share])
+        accepted, refused = written.accepted[role], rejected[role]
+        share = f"{accepted / (accepted + refused):.0%}" if accepted + refused else "-"
+        rows.append([role, str(accepted), str(refused), share])
     return rows
 
 

@@ -105,27 +105,27 @@ def _add_field(options: Any, name: str, hint: Any, allowed: Any, default: Any) -
     options.add_argument(flag, help=text, **more)
 
 
-def config_of(given: argparse.Namespace) -> SynthesisConfig:
+def config_of(args: argparse.Namespace) -> SynthesisConfig:
     """The configuration of --config and the flags. Raises ValueError for a wrong value."""
     values: Any = {}
-    if given.config is not None:
+    if args.config is not None:
         try:
-            values = yaml.safe_load(given.config.read_text()) or {}
+            values = yaml.safe_load(args.config.read_text()) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{given.config}: cannot be read: {one_line(error)}") from None
+            raise ValueError(f"{args.config}: cannot be read: {one_line(error)}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{given.config}: expected groups of fields, as endpoint: {{...}}")
+            raise ValueError(f"{args.config}: expected groups of fields, as endpoint: {{...}}")
     config = config_from(values)
     for group, part in vars(config).items():
-        flags = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items()
+        flags = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(args).items()
                  if n in {entry.name for entry in fields(part)}}  # fmt: skip
         config = replace(config, **{group: replace(part, **flags)})
     return config
 
 
-def synthesize(given: argparse.Namespace, program: str) -> int:
+def synthesize(args: argparse.Namespace, program: str) -> int:
     """Runs the command; returns the exit code."""
-    config = config_of(given)
+    config = config_of(args)
     config.check_endpoint()
     # Late: the other commands need none of it.
     from data_pipeline.synthesis.cut import find_sources
@@ -137,12 +137,12 @@ def synthesize(given: argparse.Namespace, program: str) -> int:
     from data_pipeline.synthesis.write import samples, write
     from tools.data.synthesis_page import write_report
 
-    templates = load_prompts(given.prompts)
-    sources = find_sources(given.source)
-    if given.estimate:
+    templates = load_prompts(args.prompts)
+    sources = find_sources(args.source)
+    if args.estimate:
         print("\n".join(estimate(sources, config, templates).lines(config)))
         return DONE
-    store = Store(given.out)
+    store = Store(args.out)
     try:
         marks = {source: fingerprint(source, config, templates) for source in sources}
         new = [source for source, mark in marks.items() if not store.finished(source.path, mark)]
@@ -153,14 +153,14 @@ def synthesize(given: argparse.Namespace, program: str) -> int:
         def outcome_of(source: Any) -> Any:
             return store.outcome(source.path, marks[source])
 
-        written = write(given.out, sources, outcome_of, config)
+        written = write(args.out, sources, outcome_of, config)
         examples = samples(sources, outcome_of)
-        write_report(given.out, examples, done, written, store.usage(), config, given.examples)
+        write_report(args.out, examples, done, written, store.usage(), config, args.examples)
     except EndpointError as error:
         return report_error(program, f"{error}. What is done is kept: the same command goes on")
     finally:
         store.close()
-    return _ended(given.out, done, written, program)
+    return _ended(args.out, done, written, program)
 
 
 def _ended(out: Path, done: Any, written: Any, program: str) -> int:

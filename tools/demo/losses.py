@@ -77,8 +77,8 @@ def lateness(timelines: Sequence[Mapping[str, Any]]) -> list[int]:
     for timeline in timelines:
         events = [second for second, _ in timeline["wanted"]]
         for second, end in pairwise([*events, timeline["seconds"]]):
-            said = [begin - second for begin, _ in timeline["spoken"] if second <= begin < end]
-            found += said[:1]
+            delays = [begin - second for begin, _ in timeline["spoken"] if second <= begin < end]
+            found += delays[:1]
     return found
 
 

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("clip", type=Path, metavar="CLIP", help="MP4 file to write")
     options = parser.parse_args(arguments)
     try:
-        truth = told(held_out_clip(options.world, options.clip))
+        truth = sentences_of(held_out_clip(options.world, options.clip))
     except ValueError as error:
         return report_error(parser.prog, error)
     print(f"What happens in {options.clip}, which no training has seen:")
@@ -45,7 +45,7 @@ def held_out_clip(world: Path, out: Path) -> str:
     raise ValueError(f"{world} has no held-out clip with a narration")
 
 
-def told(content: str) -> Sentences:
+def sentences_of(content: str) -> Sentences:
     """The sentences of a sample's turn, each with the second in which it begins."""
     found: Sentences = []
     goes_on = False

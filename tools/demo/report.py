@@ -32,11 +32,11 @@ from moss_train.evaluate.suite import table
 from moss_train.train.curves import PANELS, panel_svgs
 from moss_train.train.data import encode_config
 from moss_train.train.metrics import read_metrics
-from tools.demo.narrate import Sentences, spoken, told
+from tools.demo.narrate import Sentences, sentences_of, spoken
 from tools.demo.parts import BEFORE, RECORD
 
 SUMMED = ("with the right words", temporal.GROUP)  # parts of a score that the short table has
-SHOWN = 5  # samples of each kind on the page, the first ones
+EXAMPLES = 5  # samples of each kind on the page, the first ones
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def write_report(out: Path) -> Path:
 def score_table(stage: Stage, earlier: Mapping[str, Any] | None) -> Iterator[list[str]]:
     """Lines of the table: source, score, before the training, after it, with what each control
     shows, chance, number."""
-    known = {(s["source"], s["metric"]): s["value"] for s in (earlier or {}).get("scores", [])}
+    before = {(s["source"], s["metric"]): s["value"] for s in (earlier or {}).get("scores", [])}
     for score in stage.scores:
         under = (getattr(score, control) for control in CONTROLS)
         values = (score.value, *under, score.chance)
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
         if earlier is not None:
-            value = known.get((score.source, score.metric))
+            value = before.get((score.source, score.metric))
             numbers.insert(0, "" if value is None else f"{value:.3f}")
         # "all sources" is a stage's own.
         source = score.source if "/" in score.source else f"{stage.name}, {score.source}"
@@ -152,7 +152,7 @@ def _samples(stage: Stage) -> list[Sample]:
     answered = {sample["key"]: sample for sample in stage.result.get("samples", [])}
     found = []
     for modality in MODALITIES:
-        for item in stage.items(modality, SHOWN):
+        for item in stage.items(modality, EXAMPLES):
             if item.encoded.key in answered:
                 own = answered[item.encoded.key]
                 pictures = urls(item.encoded.frames[:, 0])
@@ -167,7 +167,7 @@ def _narrated(out: Path, stage: Stage) -> Strip | None:
         return None
     items = (i for i in stage.items("video", 50) if i.sample.messages[0].content == NARRATE)
     item = next(items)
-    truth = told(item.sample.messages[1].content)
+    truth = sentences_of(item.sample.messages[1].content)
     return strip(item, {"what happens": truth, "the model says": spoken(events)})
 
 
@@ -176,14 +176,14 @@ def _streams(stage: Stage) -> list[Strip]:
     timelines = {t["key"]: Timeline(**t) for t in stage.result["timelines"]}
     items = (i for i in stage.items("video", 20) if i.encoded.key in timelines and i.speech)
     found = []
-    for item in islice(items, SHOWN):
+    for item in islice(items, EXAMPLES):
         own = timelines[item.encoded.key]
-        wanted, lanes = list(own.wanted), dict[str, Sentences]()
+        expected, lanes = list(own.wanted), dict[str, Sentences]()
         if item.options:
             second, answer = expected_answer(item)
             lanes["asked"] = [(second, item.sample.messages[-2].content)]
-            wanted.append((second, answer))
-        found.append(strip(item, lanes | {"to be said": wanted, "the model says": own.spoken}))
+            expected.append((second, answer))
+        found.append(strip(item, lanes | {"to be said": expected, "the model says": own.spoken}))
     return found
 
 
@@ -191,8 +191,8 @@ def strip(item: Item, lanes: Mapping[str, Sentences]) -> Strip:
     """The strip of a clip, with each lane's sentences under the second in which they begin."""
     frames = urls(item.encoded.frames[:, 0])
     cells = {
-        name: [" ".join(w for s, w in said if s == second) for second in range(len(frames))]
-        for name, said in lanes.items()
+        name: [" ".join(w for s, w in sentences if s == second) for second in range(len(frames))]
+        for name, sentences in lanes.items()
     }
     return Strip(item.encoded.key, frames, cells)
 

@@ -54,12 +54,12 @@ class Findings:
 
 def packages(found: Findings) -> None:
     """Checks versions of packages against those that the project needs."""
-    for wanted in _requirements():
-        have = _version(wanted.name)
+    for requirement in _requirements():
+        have = _version(requirement.name)
         if have is None:
-            found.fault(f"{wanted.name} is not installed", f"pip install '{wanted}'")
-        elif not wanted.specifier.contains(have, prereleases=True):
-            found.fault(f"{wanted.name} is {have}", f"pip install '{wanted}'")
+            found.fault(f"{requirement.name} is not installed", f"pip install '{requirement}'")
+        elif not requirement.specifier.contains(have, prereleases=True):
+            found.fault(f"{requirement.name} is {have}", f"pip install '{requirement}'")
     for name in ("torch", "megatron-core", "transformers"):
         found.add(name, _version(name) or "not installed")
     for name, (what, how) in OPTIONAL.items():
@@ -73,9 +73,9 @@ def _requirements() -> Iterator[Requirement]:
     except PackageNotFoundError:  # a folder of files alone
         return
     for line in lines:
-        wanted = Requirement(line)
-        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-            yield wanted
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement
 
 
 def _version(name: str) -> str | None:
@@ -141,10 +141,10 @@ def attention(found: Findings) -> None:
         ("model.attention", training, "is tried against sdpa"),
         ("--attention", inference, "runs if asked for"),
     )
-    for what, wanted, able_to in uses:
-        for name in kinds_of(wanted.use):
-            reasons = missing(name, wanted)
-            where = "" if KINDS[name].places(wanted.use) == PLACES else _where(name, wanted.use)
+    for what, needs, able_to in uses:
+        for name in kinds_of(needs.use):
+            reasons = missing(name, needs)
+            where = "" if KINDS[name].places(needs.use) == PLACES else _where(name, needs.use)
             runs = "runs" if name == "sdpa" else able_to
             state = f"not used: {'; '.join(reasons)}" if reasons else f"{runs}{where}"
             found.add(f"{what}={name}", state)

@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(suite: str, arguments: list[str]) -> int:
     if suite not in ("", TOY, *SUITES) and not Path(suite).exists():
-        known = ", ".join((TOY, *SUITES))
-        words = f"--suite {suite}: there is no such suite ({known}), file or folder of samples"
+        suites = ", ".join((TOY, *SUITES))
+        words = f"--suite {suite}: there is no such suite ({suites}), file or folder of samples"
         return report_error("moss-eval", words, WRONG_USAGE)
     if not suite and {"-h", "--help"} & set(arguments):
         print(__doc__)

@@ -170,10 +170,10 @@ def _changed(row: str, runs: Sequence[Run], show: int) -> tuple[int, list[Change
     first = runs[0].items[row]
     others = [run.items.get(row, {}) for run in runs[1:]]
     ids = dict.fromkeys(name for other in others for name in changed(first, other))
-    return len(ids), [_shown(name, row, runs) for name in list(ids)[:show]]
+    return len(ids), [_changed_item(name, row, runs) for name in list(ids)[:show]]
 
 
-def _shown(name: str, row: str, runs: Sequence[Run]) -> ChangedItem:
+def _changed_item(name: str, row: str, runs: Sequence[Run]) -> ChangedItem:
     item = runs[0].items[row][name]
     pictures: list[tuple[str, str]] = []
     notes = []
@@ -187,8 +187,8 @@ def _shown(name: str, row: str, runs: Sequence[Run]) -> ChangedItem:
         for run in runs
         if (found := run.items.get(row, {}).get(name))
     ]
-    asked, wanted = (str(item.get(key, "")) for key in ("question", "reference"))
-    return ChangedItem(name, asked, wanted, pictures, notes, answers)
+    question, reference = (str(item.get(key, "")) for key in ("question", "reference"))
+    return ChangedItem(name, question, reference, pictures, notes, answers)
 
 
 def frames(path: Path, at: float | None) -> list[tuple[str, str]]:

@@ -103,9 +103,9 @@ def _add_fields(made: CommandParser, part: Any, words: Mapping[str, str], before
                           dest=f"{before}{entry.name}", **more)  # fmt: skip
 
 
-def config_of(given: argparse.Namespace) -> StreamingConfig:
+def config_of(args: argparse.Namespace) -> StreamingConfig:
     """The configuration of the flags. Raises ValueError for a value out of its range."""
-    values = vars(given)
+    values = vars(args)
     default = StreamingConfig()
     own = {n: values[n] for n in (f.name for f in fields(default)) if n in values}
     own |= {n: tuple(own[n]) for n in ("benchmarks", "tasks")}
@@ -122,28 +122,28 @@ def config_of(given: argparse.Namespace) -> StreamingConfig:
 def main(arguments: list[str]) -> int:
     """Evaluates, prints the table; returns 1 where not all items could be asked."""
     made = parser()
-    given = made.parse_args(arguments)
-    if bool(given.checkpoint) == bool(given.url):
+    args = made.parse_args(arguments)
+    if bool(args.checkpoint) == bool(args.url):
         made.error("give --checkpoint DIR, or --url URL")
-    cut = given.toy_interruptions
-    if cut > (given.toy_events or 0):
-        made.error(f"--toy-interruptions {cut}: are more than --toy-events {given.toy_events or 0}")
-    if not (given.benchmarks or given.toy_events):
+    cut = args.toy_interruptions
+    if cut > (args.toy_events or 0):
+        made.error(f"--toy-interruptions {cut}: are more than --toy-events {args.toy_events or 0}")
+    if not (args.benchmarks or args.toy_events):
         made.error("give --benchmark or --toy-events")
     try:
-        config = config_of(given)
+        config = config_of(args)
     except ValueError as error:
         made.error(str(error))
     try:
-        if given.toy_events:
-            path = write_toy_events(given.out / "toy", given.toy_events, interruptions=cut)
+        if args.toy_events:
+            path = write_toy_events(args.out / "toy", args.toy_events, interruptions=cut)
             config = replace(config, benchmarks=(*config.benchmarks, f"events={path}"))
-        engine = {"device": given.device, "dtype": given.dtype, "quantize": given.quantize}
-        results = run(given.checkpoint or "", given.out, config, **engine)
+        engine = {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
+        results = run(args.checkpoint or "", args.out, config, **engine)
     except (FormError, BenchmarkError, ExportError, ShardError, ValueError) as error:
         return report_error(made.prog, error)
     print(results.text())
-    print(given.out / "results.html")
+    print(args.out / "results.html")
     return results.exit_code
 
 

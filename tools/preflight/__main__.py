@@ -87,10 +87,10 @@ def _run(config: Config, limit: int) -> int:
     if found.rank == 0:
         code = _judge(store, dist.get_world_size(), until, hardware.on_accelerator())
         store.set("code", str(code))
-        _tell_others(store, dist.get_world_size())
+        _wait_for_readers(store, dist.get_world_size())
     else:
-        told = _wait(store, ["code"], until + GOODBYE_S)
-        code = int(store.get("code")) if told else FAILED
+        answered = _wait(store, ["code"], until + GOODBYE_S)
+        code = int(store.get("code")) if answered else FAILED
         store.set(f"gone_{found.rank}", "")
     sys.stdout.flush()
     if code != DONE:
@@ -99,7 +99,7 @@ def _run(config: Config, limit: int) -> int:
     return code
 
 
-def _tell_others(store: dist.Store, size: int) -> None:
+def _wait_for_readers(store: dist.Store, size: int) -> None:
     """Waits, on rank 0, until the others have read the verdict: the store ends with this
     process."""
     others = range(1, size)
@@ -142,9 +142,9 @@ def _store() -> dist.Store:
 def _wait(store: dist.Store, keys: list[str], until: float) -> bool:
     """Whether all keys come in time. It asks again and again, because the main thread uses the
     store, too."""
-    while not (came := store.check(keys)) and time.monotonic() < until:
+    while not (arrived := store.check(keys)) and time.monotonic() < until:
         time.sleep(0.05)
-    return came
+    return arrived
 
 
 if __name__ == "__main__":

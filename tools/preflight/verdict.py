@@ -34,9 +34,9 @@ def missing(at: Mapping[int, str]) -> Iterator[str]:
     others wait for those. `at`: of each rank `NUMBER HOST: WHAT`."""
     if not at:
         return
-    earliest = min(int(said.split()[0]) for said in at.values())
-    for rank, said in sorted(at.items()):
-        number, _, rest = said.partition(" ")
+    earliest = min(int(stage.split()[0]) for stage in at.values())
+    for rank, stage in sorted(at.items()):
+        number, _, rest = stage.partition(" ")
         if int(number) == earliest:
             host, _, what = rest.partition(": ")
             yield f"{host}, rank {rank}: {what}: no answer"

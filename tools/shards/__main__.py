@@ -51,18 +51,18 @@ def _state(source: Path) -> str:
     return "ok"
 
 
-def show(given: argparse.Namespace) -> int:
-    stored = find_sample(given.source, given.sample)
-    color = given.color == "always" or (given.color == "auto" and sys.stdout.isatty())
-    sheet = given.png or Path(f"{stored.key.replace('/', '_')}.png")
-    print(show_sample(stored, _encoding(given), color=color, sheet=sheet))
+def show(args: argparse.Namespace) -> int:
+    stored = find_sample(args.source, args.sample)
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    sheet = args.png or Path(f"{stored.key.replace('/', '_')}.png")
+    print(show_sample(stored, _encoding(args), color=color, sheet=sheet))
     return 0
 
 
-def stats(given: argparse.Namespace) -> int:
-    by_source = source_stats(find_sources(given.tree), _encoding(given), given.workers)
+def stats(args: argparse.Namespace) -> int:
+    by_source = source_stats(find_sources(args.tree), _encoding(args), args.workers)
     rows = {str(source): stats.row() for source, stats in by_source.items()}
-    if given.json:
+    if args.json:
         print(json.dumps(rows, indent=2))
         return 0
     names = [name for name in next(iter(rows.values())) if name != "errors"]
@@ -78,17 +78,17 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def validate(given: argparse.Namespace) -> int:
-    encoding = _encoding(given) if given.tokenizer else None
-    samples, problems = validate_tree(given.tree, encoding, given.workers)
+def validate(args: argparse.Namespace) -> int:
+    encoding = _encoding(args) if args.tokenizer else None
+    samples, problems = validate_tree(args.tree, encoding, args.workers)
     for problem in problems:
         print(problem)
-    print(f"{given.tree}: {samples} samples, {len(problems) or 'no'} problems")
+    print(f"{args.tree}: {samples} samples, {len(problems) or 'no'} problems")
     return 1 if problems else 0
 
 
-def _encoding(given: argparse.Namespace) -> EncodeConfig:
-    return stage_encoding(given.tokenizer, given.stage, given.tile_size, given.max_tiles)
+def _encoding(args: argparse.Namespace) -> EncodeConfig:
+    return stage_encoding(args.tokenizer, args.stage, args.tile_size, args.max_tiles)
 
 
 def _parser() -> CommandParser:
@@ -145,13 +145,13 @@ def _add_encoding_options(parser: argparse.ArgumentParser, required: bool) -> No
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if given.command == "ls":
-            return list_sources(given.tree)
-        if given.command == "build":
-            return build.build_in_parts(given, parser.prog)
-        return {"show": show, "stats": stats, "validate": validate}[given.command](given)
+        if args.command == "ls":
+            return list_sources(args.tree)
+        if args.command == "build":
+            return build.build_in_parts(args, parser.prog)
+        return {"show": show, "stats": stats, "validate": validate}[args.command](args)
     except (ShardError, SampleError) as error:
         return report_error(parser.prog, error)
     except ValueError as error:

@@ -44,34 +44,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="slurm: time without a sign after which a rank is taken for killed")  # fmt: skip
 
 
-def build_in_parts(given: argparse.Namespace, program: str) -> int:
+def build_in_parts(args: argparse.Namespace, program: str) -> int:
     """The build that `add_options` describes; returns the exit code. Raises ShardError."""
-    options = replace(build.options_of(given), workers=0)
-    job = Job(str(Path(given.source).absolute()) if Path(given.source).exists() else given.source,
-              str(given.out.absolute()), options, given.parts)  # fmt: skip
-    mine = run_rank() if given.engine == "slurm" else None
+    options = replace(build.options_of(args), workers=0)
+    job = Job(str(Path(args.source).absolute()) if Path(args.source).exists() else args.source,
+              str(args.out.absolute()), options, args.parts)  # fmt: skip
+    mine = run_rank() if args.engine == "slurm" else None
     try:
-        if job.begin(given.resume, mine.run if mine else ""):
-            print(f"{given.out}: finished already, nothing to do", file=sys.stderr)
+        if job.begin(args.resume, mine.run if mine else ""):
+            print(f"{args.out}: finished already, nothing to do", file=sys.stderr)
         else:
-            _make(given, job, mine)
-        summary = collect(job, max(1, given.workers))
+            _make(args, job, mine)
+        summary = collect(job, max(1, args.workers))
     except KeyboardInterrupt:
         return report_error(program, "interrupted: --resume goes on", STOPPED)
     if mine is None or mine.rank == 0:
-        build.print_summary(given.out, summary)
+        build.print_summary(args.out, summary)
     return DONE if summary.imported else FAILED
 
 
-def _make(given: argparse.Namespace, job: Job, mine: RunRank | None) -> None:
+def _make(args: argparse.Namespace, job: Job, mine: RunRank | None) -> None:
     progress = Progress("build", len(job.missing()), unit="parts")
     done = _counted(job, progress)
     if mine is not None:
-        run_parts(job, mine, given.silence, done)
-    elif given.engine == "ray":
-        run_ray(job, given.ray_address, given.retries, done)
+        run_parts(job, mine, args.silence, done)
+    elif args.engine == "ray":
+        run_ray(job, args.ray_address, args.retries, done)
     else:
-        run_local(job, max(1, given.workers), given.retries, done)
+        run_local(job, max(1, args.workers), args.retries, done)
     progress.end()
 
 

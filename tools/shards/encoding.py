@@ -22,16 +22,16 @@ def stage_encoding(tokenizer: str, stage: str, tile_size: int, max_tiles: int) -
     path = conf_dir() / "stage" / f"{stage}.yaml"
     if not path.is_file():
         raise ValueError(f"--stage {stage}: choose one of {', '.join(stage_names())}")
-    known: dict[str, Any] = yaml.safe_load(path.read_text())
+    stage_fields: dict[str, Any] = yaml.safe_load(path.read_text())
     return EncodeConfig(
         tokenizer=tokenizer,
-        sequence_length=known["sequence_length"],
+        sequence_length=stage_fields["sequence_length"],
         tile_size=tile_size,
         max_tiles=max_tiles,
-        video_fps=known["video_fps"],
-        video_min_frames=known["video_min_frames"],
-        video_max_frames=known["video_max_frames"],
-        prompt=known["prompt"],
+        video_fps=stage_fields["video_fps"],
+        video_min_frames=stage_fields["video_min_frames"],
+        video_max_frames=stage_fields["video_max_frames"],
+        prompt=stage_fields["prompt"],
     )
 
 

@@ -51,10 +51,10 @@ def indexed_counts(source: Path) -> dict[str, int]:
         return {}
 
 
-def find_sample(source: Path, wanted: str) -> StoredSample:
+def find_sample(source: Path, name: str) -> StoredSample:
     """The sample of a key, or of a number from 0. ShardError: there is no such sample."""
     shards = shard_files(source)
-    return _by_number(shards, int(wanted)) if wanted.isdigit() else _by_key(shards, wanted)
+    return _by_number(shards, int(name)) if name.isdigit() else _by_key(shards, name)
 
 
 def _by_number(shards: list[Path], number: int) -> StoredSample:

@@ -84,11 +84,11 @@ def _prompt(
 
 def runs(encoded: EncodedSample) -> Iterator[tuple[str, list[int]]]:
     """Neighbouring positions of one kind: `frame`, `label` or `text`."""
-    shown = set(encoded.frame_positions.tolist())
+    frames = set(encoded.frame_positions.tolist())
     has_label = (encoded.labels != IGNORED_LABEL).tolist()
 
     def sort(position: int) -> str:
-        return "frame" if position in shown else "label" if has_label[position] else "text"
+        return "frame" if position in frames else "label" if has_label[position] else "text"
 
     for what, run in groupby(range(len(has_label)), sort):
         yield what, list(run)

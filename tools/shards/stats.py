@@ -113,8 +113,8 @@ def sample_stats(sample: Sample, encoded: EncodedSample, silence: int) -> Stats:
         stats.silence = int((labels == silence).sum())
         stats.words = sum(_words(sample))
         # A frame of the clip is a second; pictures are not.
-        shown = [sample.media[owner].type for owner in sample.mark_media()]
-        stats.seconds = shown.count("video")
+        kinds = [sample.media[owner].type for owner in sample.mark_media()]
+        stats.seconds = kinds.count("video")
     return stats
 
 

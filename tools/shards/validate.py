@@ -77,9 +77,9 @@ def _folder_problems(source: Path) -> Iterator[Problem]:
 def _key_problems(
     shard: Path, keys: list[str], counts: dict[str, int], seen: dict[str, Path]
 ) -> Iterator[Problem]:
-    known = counts.get(shard.name, len(keys))
-    if known != len(keys):
-        yield Problem(str(shard), f"{len(keys)} samples, the index has {known}: make it again")
+    count = counts.get(shard.name, len(keys))
+    if count != len(keys):
+        yield Problem(str(shard), f"{len(keys)} samples, the index has {count}: make it again")
     for key in keys:
         if key in seen:
             yield Problem(str(shard), f"the key {key} is also in {seen[key].name}")
