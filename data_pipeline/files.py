@@ -310,8 +310,8 @@ def _explained(path: str) -> Iterator[None]:
     except StoreError as error:
         raise ShardError(str(error)) from None
     except FileNotFoundError as error:
-        said = answered(error)
-        wrong = "does not exist: correct the path" if said is error else f"cannot be read: {said}"
+        cause = answered(error)
+        wrong = "does not exist: correct the path" if cause is error else f"cannot be read: {cause}"
         raise ShardError(without_secrets(f"{path} {wrong}")) from None
     except ImportError as error:
         raise ShardError(missing_package(path, error)) from None

@@ -107,14 +107,14 @@ def other_kind(data: bytes) -> str:
     still = _STILLS.get(head[8:12]) if head[4:8] == b"ftyp" else None
     if still and b"avif" in head[16:64]:  # its first brand may be that of both
         still = _STILLS[b"avif"]
-    known = [
+    kinds = [
         (b"<svg" in head, "an SVG drawing: give it as PNG, JPEG, WebP or GIF"),
         (head.startswith((b"<!doctype", b"<html")), "an HTML page"),
         (head.startswith(b"%pdf"), "a PDF: give its pages as pictures"),
         (bool(still), f"{still} picture: give it as JPEG or PNG"),
         (head[4:8] == b"ftyp" or head.startswith(b"\x1ae\xdf\xa3"), "a video: give it as one"),
     ]
-    return next((words for right, words in known if right), "no picture in a format that is known")
+    return next((words for right, words in kinds if right), "no picture in a format that is known")
 
 
 def picture_pixels(picture: Any) -> Tensor:

@@ -144,10 +144,10 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, layer)
 
 
-def _from_array(given: Any) -> Image.Image:
+def _from_array(source: Any) -> Image.Image:
     """A PIL image of an array or tensor."""
-    tensor = hasattr(given, "detach")
-    array = np.asarray(given.detach().cpu() if tensor else given)
+    tensor = hasattr(source, "detach")
+    array = np.asarray(source.detach().cpu() if tensor else source)
     shape = array.shape
     refused = ValueError(
         f"an array of {array.dtype} {list(shape)}: a picture is uint8, [H, W], [H, W, C] or "

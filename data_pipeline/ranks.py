@@ -37,11 +37,11 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         RanksError: they do not fit together; in one line, with what to do.
     """
-    given = {name: environment.get(name, "").strip() for name in ("RANK", "WORLD_SIZE")}
-    for name, text in given.items():
+    variables = {name: environment.get(name, "").strip() for name in ("RANK", "WORLD_SIZE")}
+    for name, text in variables.items():
         if text and not text.isdecimal():
             raise RanksError(f"{name}={text}: must be a whole number: start with torchrun")
-    rank, size = (int(text) if text else None for text in given.values())
+    rank, size = (int(text) if text else None for text in variables.values())
     if rank is None:
         if size not in (None, 1):
             raise RanksError(

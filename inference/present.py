@@ -74,8 +74,8 @@ class Stop:
     def listening(self) -> Iterator[None]:
         """Closes the session at the first signal. A second Ctrl-C ends the command at once."""
         # Those that are ignored stay so, as `nohup` and `&` have it.
-        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        with handling(heard, self._take):
+        signals = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        with handling(signals, self._take):
             yield
 
     def _take(self, number: int, _frame: object) -> None:

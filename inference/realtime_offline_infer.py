@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Runner(cli.load(args)) as runner:
             vocabulary = runner.vocabulary
             if kind == "video":
-                asked = args.prompt or "Describe the video."
+                text = args.prompt or "Describe the video."
                 prompts = vocabulary.prompts
-                tokens = prompts.watched(len(frames), asked, args.system_prompt)
+                tokens = prompts.watched(len(frames), text, args.system_prompt)
             else:
                 tokens = question(vocabulary, args, kind, len(frames), info.question_form).tokens
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}

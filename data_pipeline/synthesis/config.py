@@ -150,6 +150,6 @@ def config_from(values: dict[str, Any]) -> SynthesisConfig:
         for name in entries:
             if name not in known:
                 raise ValueError(f"{group}.{name}: is not a field: {', '.join(known)}")
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in entries.items()}
-        groups[group] = kinds[group](**given)
+        values_of_group = {n: tuple(v) if isinstance(v, list) else v for n, v in entries.items()}
+        groups[group] = kinds[group](**values_of_group)
     return SynthesisConfig(**groups)

@@ -172,15 +172,15 @@ def ask_still(state: State, rng: random.Random) -> list[QA]:
     """A question about each thing, so that no answer can be concluded from another; or `checks`."""
     if rng.random() < 0.2:
         return checks(state, rng)
-    asked = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
-    return [count(state), *asked] if rng.random() < 0.25 else asked
+    questions = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
+    return [count(state), *questions] if rng.random() < 0.25 else questions
 
 
 def ask_end(state: State, rng: random.Random) -> list[QA]:
     """Questions about different things at the end of a clip; or how many there are, first."""
     when = " at the end"
-    asked = [about(thing, state, rng, when) for thing in rng.sample(state, len(state))]
-    return [count(state, when), *asked] if rng.random() < 0.2 else asked
+    questions = [about(thing, state, rng, when) for thing in rng.sample(state, len(state))]
+    return [count(state, when), *questions] if rng.random() < 0.2 else questions
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:

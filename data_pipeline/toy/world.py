@@ -148,12 +148,12 @@ def _ordered(things: list[Thing]) -> State:
 
 def _moves(state: State) -> list[tuple[Thing, str, int]]:
     """Every move to a free place: (thing, direction, new place)."""
-    taken = {thing.place for thing in state}
+    occupied = {thing.place for thing in state}
     moves = []
     for thing in state:
         for direction, step in DIRECTIONS.items():
             place = thing.place + step
             same_row = abs(step) == 2 or place // 2 == thing.place // 2
-            if 0 <= place < 4 and same_row and place not in taken:
+            if 0 <= place < 4 and same_row and place not in occupied:
                 moves.append((thing, direction, place))
     return moves

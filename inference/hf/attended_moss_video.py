@@ -124,23 +124,23 @@ class NewFrames:
     seen: Tensor
 
 
-def cache_of_pass(given: Any, wanted: bool, again: bool) -> Any:
+def cache_of_pass(past: Any, use_cache: bool, again: bool) -> Any:
     """The cache that a pass fills, or None.
 
     Args:
-        given: the caller's cache, or None.
-        wanted: a cache is to be made where none is given.
+        past: the caller's cache, or None.
+        use_cache: a cache is to be made where there is none.
         again: gradient checkpointing runs each layer twice, which would fill a cache twice.
 
     Raises:
         ValueError: a cache that check_cache refuses, or one with gradient checkpointing.
     """
-    if given is not None:
+    if past is not None:
         if again:
             raise ValueError("past_key_values: not with gradient checkpointing")
-        check_cache(given)
-        return given
-    return DynamicCache() if wanted and not again else None
+        check_cache(past)
+        return past
+    return DynamicCache() if use_cache and not again else None
 
 
 def check_cache(cache: Any) -> None:
@@ -197,11 +197,11 @@ def _first_new_frame(inputs: dict[str, Any], is_image: Tensor) -> int | None:
     if frames is None:
         return None
     marks = is_image.sum(1)
-    given = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
+    frame_counts = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
     kept = [one for one in inputs["past_key_values"].layers if isinstance(one, FrameLayer)]
     own = kept[0].own if kept else None
     cached = torch.zeros_like(marks) if own is None else own.sum(1).to(marks.device)
-    if given.equal(marks) or not given.equal(cached + marks):
+    if frame_counts.equal(marks) or not frame_counts.equal(cached + marks):
         return 0
     if not marks.any():
         return None
@@ -274,23 +274,25 @@ def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor)
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
-def token_positions(given: Tensor | None, mask: Tensor | None, past: int, x: Tensor) -> Tensor:
-    """Positions `[B, S]` of the tokens `x` `[B, S, H]`: the `given` ones, or the index of each
+def token_positions(
+    position_ids: Tensor | None, mask: Tensor | None, past: int, x: Tensor
+) -> Tensor:
+    """Positions `[B, S]` of the tokens `x` `[B, S, H]`: `position_ids`, or the index of each
     among those that are not padding by the attention_mask `mask`.
 
     Raises:
-        ValueError: `given` or `mask` are not of these tokens.
+        ValueError: `position_ids` or `mask` are not of these tokens.
     """
     length = x.shape[1]
     if mask is not None:
         _check_mask(mask, past, length)
-    if given is not None and given.shape[-1] != length:
-        raise ValueError(f"position_ids: {list(given.shape)} for {length} tokens: [B, S]")
-    if given is None and mask is not None and mask.ndim == 2:
-        given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-    elif given is None:
-        given = torch.arange(past, past + length, device=x.device)[None]
-    return given.expand(len(x), -1)
+    if position_ids is not None and position_ids.shape[-1] != length:
+        raise ValueError(f"position_ids: {list(position_ids.shape)} for {length} tokens: [B, S]")
+    if position_ids is None and mask is not None and mask.ndim == 2:
+        position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    elif position_ids is None:
+        position_ids = torch.arange(past, past + length, device=x.device)[None]
+    return position_ids.expand(len(x), -1)
 
 
 def token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor | None:

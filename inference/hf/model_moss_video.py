@@ -171,7 +171,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
 
         The arguments are those of `MossVideoForConditionalGeneration.forward`.
         """
-        _check_known(kwargs)
+        _check_arguments(kwargs)
         decoder, config = self.language_model, self.config
         is_image = self.is_image(input_ids, inputs_embeds)
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -209,7 +209,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
             hidden_states=None if states is None else tuple(states),
             attentions=None if weights is None else tuple(weights),
         )
-        return out if wants_names(config, return_dict) else out.to_tuple()
+        return out if returns_dict(config, return_dict) else out.to_tuple()
 
     def past(self, cache: Any) -> int:
         """The number of tokens in the cache."""
@@ -233,22 +233,24 @@ class MossVideoModel(MossVideoPreTrainedModel):
         old = None if kept is None else kept.seen
         if states is None and old is None:
             return None
-        given, shape = mask is not None, tuple(x.shape[:2])
+        masked, shape = mask is not None, tuple(x.shape[:2])
         rows = [] if kept is None else [(kept.own, kept.slots)]
         rows += [] if new is None else [(new.marked, new.slots)]
         own, slots = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
         if mask is None:
             parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
             mask = torch.cat(parts if new is None else [*parts, new.seen], dim=2)
-        if given:  # before the cache takes the new ones
-            seen = [one for one in (old, None if new is None else new.seen) if one is not None]
-            check_frame_mask(mask, (*shape, own.shape[1], seen[0].shape[-1]))
+        if masked:  # before the cache takes the new ones
+            frame_masks = [
+                one for one in (old, None if new is None else new.seen) if one is not None
+            ]
+            check_frame_mask(mask, (*shape, own.shape[1], frame_masks[0].shape[-1]))
         keys_values = self._keys_values(states, new, cache)
         mask = mask.bool()
         if cache is not None:
             for layer in cross:
                 cache.layers[layer].keep(mask[:, -1], own, slots)
-        if given:  # padding frames are attended too, as transformers' Mllama does
+        if masked:  # padding frames are attended too, as transformers' Mllama does
             slots = torch.ones_like(slots)
         attend_all = self.config.tokens_before_first_frame == "attend_all"
         return AttendedFrames(keys_values, mask, own, slots if attend_all else None, x.dtype)
@@ -287,8 +289,8 @@ class MossVideoModel(MossVideoPreTrainedModel):
         tiles = self._tiles(ids, tile_mask, states.shape[2] // self.config.tokens_per_frame)
         marked = own.any(1)
         slots = marked if ratio_ids is None else ratio_ids > 0
-        seen = (number >= frames)[..., None] & tiles[:, None]  # [B, S, F, T]
-        return NewFrames(positions, marked, slots, seen)
+        visible = (number >= frames)[..., None] & tiles[:, None]  # [B, S, F, T]
+        return NewFrames(positions, marked, slots, visible)
 
     def _keys_values(
         self, states: Tensor | None, new: NewFrames | None, cache: Any
@@ -313,30 +315,30 @@ class MossVideoModel(MossVideoPreTrainedModel):
         return self.language_model.project(layer, states, rotation)
 
 
-def _check_marks(is_image: Tensor, given: Tensor) -> None:
-    """Raises ValueError unless rows have as many `<|image|>` tokens as frames are `given`."""
+def _check_marks(is_image: Tensor, counts: Tensor) -> None:
+    """Raises ValueError unless rows have as many `<|image|>` tokens as frames: `counts`."""
     marks = is_image.sum(1)
     if torch.compiler.is_compiling():  # no branch upon values there: checked when it runs
-        torch._assert_async((marks == given).all(), "one <|image|> token for each frame")
-    elif not marks.equal(given):
+        torch._assert_async((marks == counts).all(), "one <|image|> token for each frame")
+    elif not marks.equal(counts):
         raise ValueError(
-            f"the rows have {marks.tolist()} <|image|> tokens, but {given.tolist()} frames are "
+            f"the rows have {marks.tolist()} <|image|> tokens, but {counts.tolist()} frames are "
             "given: one <|image|> for each frame (padding frames, after the others: "
             "aspect_ratio_ids 0)"
         )
 
 
-def _check_known(kwargs: dict[str, Any]) -> None:
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     """Raises ValueError for inputs and outputs that the model does not have."""
-    given = {name for name, value in kwargs.items() if value is not None and value is not False}
-    unknown = sorted(given - HARMLESS)
+    arguments = {name for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = sorted(arguments - HARMLESS)
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: this model has no such input or output")
 
 
-def wants_names(config: MossVideoConfig, given: bool | None) -> bool:
+def returns_dict(config: MossVideoConfig, return_dict: bool | None) -> bool:
     """Whether outputs are wanted by name, not as a tuple."""
-    return bool(config.return_dict if given is None else given)
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 def _by_config(config: MossVideoConfig, name: str) -> bool:
@@ -344,9 +346,9 @@ def _by_config(config: MossVideoConfig, name: str) -> bool:
     return all(getattr(part, name, None) is not False for part in (config, config.text_config))
 
 
-def _record(config: MossVideoConfig, name: str, given: bool | None) -> list[Tensor] | None:
+def _record(config: MossVideoConfig, name: str, output_option: bool | None) -> list[Tensor] | None:
     """A list for an output that the caller asks for, or else the config; else None."""
-    value = getattr(config, name, False) if given is None else given
+    value = getattr(config, name, False) if output_option is None else output_option
     if value not in (True, False, None):
         raise ValueError(f"{name}={value!r}: must be true or false")
     return [] if value else None

@@ -23,7 +23,7 @@ from .model_moss_video import (
     TRANSFORMERS_4,
     MossVideoModel,
     MossVideoPreTrainedModel,
-    wants_names,
+    returns_dict,
 )
 
 # Of a local folder transformers 4 copies what this file itself imports, and nothing further.
@@ -168,7 +168,7 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-        return made if wants_names(self.config, return_dict) else made.to_tuple()
+        return made if returns_dict(self.config, return_dict) else made.to_tuple()
 
     def _loss(
         self,
@@ -207,8 +207,8 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
         begins with the cache of the last one. transformers looks for the name `inputs_embeds`."""
         first = not kwargs.pop(AFTER_FIRST, False) if TRANSFORMERS_4 else bool(is_first_iteration)
         past = self.model.past(kwargs.get("past_key_values"))
-        given = None if TRANSFORMERS_4 else kwargs.get("position_ids")  # 4 goes by its cache
-        if first and past > 0 and _holds_cached(given, input_ids, past):
+        position_ids = None if TRANSFORMERS_4 else kwargs.get("position_ids")  # 4 goes by its cache
+        if first and past > 0 and _holds_cached(position_ids, input_ids, past):
             kwargs["next_sequence_length"] = input_ids.shape[1] - past
         for name in ("tokenizer", "assistant_tokenizer"):  # of generate: what stop_strings need
             kwargs.pop(name, None)

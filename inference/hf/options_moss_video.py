@@ -163,26 +163,26 @@ def share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
     """
     many = {"images": 4, "videos": 5}[name]
     if media is None:
-        given = []
+        values = []
     elif isinstance(media, list | tuple) or getattr(media, "ndim", 0) == many:
-        given = list(media)
+        values = list(media)
     else:
-        given = [media]
-    rows = [[] if row is None else row for row in given]
+        values = [media]
+    rows = [[] if row is None else row for row in values]
     nested = all(isinstance(row, list | tuple) for row in rows)
     if nested and [len(row) for row in rows] == counts:
         return [list(row) for row in rows]
-    lists = any(row is None or isinstance(row, list | tuple) for row in given)
-    if (lists and name == "images") or len(given) != sum(counts) or None in _plain(given):
+    lists = any(row is None or isinstance(row, list | tuple) for row in values)
+    if (lists and name == "images") or len(values) != sum(counts) or None in _plain(values):
         found = [len(row) if isinstance(row, list | tuple) else 1 for row in rows]
         raise ValueError(
-            f"{name}: the texts have {counts} marks, but {found if lists else len(given)} of it "
+            f"{name}: the texts have {counts} marks, but {found if lists else len(values)} of it "
             "are given: one list, or a list for each text"
         )
-    rest = iter(given)
+    rest = iter(values)
     return [[next(rest) for _ in range(count)] for count in counts]
 
 
-def _plain(given: list[Any]) -> list[Any]:
+def _plain(values: list[Any]) -> list[Any]:
     """The values without arrays, which cannot be compared."""
-    return [one for one in given if not hasattr(one, "shape")]
+    return [one for one in values if not hasattr(one, "shape")]

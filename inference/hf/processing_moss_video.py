@@ -101,8 +101,8 @@ class MossVideoProcessor(ProcessorMixin):
         pictures = share(images, [t.count(IMAGE) for t in texts], "images")
         clips = share(videos, [t.count(VIDEO) for t in texts], "videos")
         tokens, frames = [], []
-        for one, shown, clip in zip(texts, pictures, clips, strict=True):
-            expanded, media = self._expand(one, iter(shown), iter(clip), options)
+        for one, images_of_text, clip in zip(texts, pictures, clips, strict=True):
+            expanded, media = self._expand(one, iter(images_of_text), iter(clip), options)
             tokens.append(self._encode(expanded, options.get("add_special_tokens") is not False))
             frames.append(media)
         data = self._pad(tokens, options)
@@ -168,9 +168,9 @@ class MossVideoProcessor(ProcessorMixin):
             if piece == IMAGE:
                 frames.append(next(images))
             elif piece == VIDEO:
-                shown = self._video(next(videos), options)
-                frames += shown
-                piece = IMAGE * len(shown)
+                video_frames = self._video(next(videos), options)
+                frames += video_frames
+                piece = IMAGE * len(video_frames)
             pieces.append(piece)
         return "".join(pieces), frames
 
@@ -299,8 +299,8 @@ def _typed_content(turn: dict[str, Any]) -> Any:
 
 
 def _with_meanings(text: str, kept: set[str]) -> str:
-    meant = "".join(f"(?!{re.escape(mark[1:])})" for mark in kept)
-    return re.sub(rf"<{meant}(?=\|)", f"<{TYPED}", text)
+    excluded = "".join(f"(?!{re.escape(mark[1:])})" for mark in kept)
+    return re.sub(rf"<{excluded}(?=\|)", f"<{TYPED}", text)
 
 
 def read_video(
@@ -323,10 +323,10 @@ def read_video(
             moments = _moments(track, fps, min_frames, max_frames)
             codec = track.stream.codec_context
             decoded = (frame for packet in [*track.packets, None] for frame in codec.decode(packet))
-            shown = frames_on_screen(decoded, track, moments)
+            on_screen = frames_on_screen(decoded, track, moments)
             upright: dict[int, Any] = {}  # a frame that stays is turned once
             frames: list[Image.Image] = []
-            for f in shown:
+            for f in on_screen:
                 if id(f) not in upright:
                     upright[id(f)] = f, Image.fromarray(frame_pixels(f, track.stream))
                 frames.append(upright[id(f)][1])
