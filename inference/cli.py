@@ -29,7 +29,8 @@ from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from data_pipeline.signal_handlers import handling
 from inference.engine.choose_attend import CHOICES
-from inference.engine.engine import KV_DTYPES, VISION_DTYPES, Engine, EngineConfig, EngineFull
+from inference.engine.engine import Engine, EngineFull
+from inference.engine.engine_config import KV_DTYPES, VISION_DTYPES, EngineConfig
 from inference.engine.load import DTYPES, RankFinished, load_engine
 from inference.engine.quantized_linear import KINDS as QUANTIZED
 from inference.engine.sampling import Sampling

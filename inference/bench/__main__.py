@@ -26,7 +26,7 @@ from inference.bench.models import MODELS, random_model
 from inference.bench.modes import Bench
 from inference.bench.report import describe, print_table, write_report
 from inference.cli import one_line_errors
-from inference.engine.engine import KV_DTYPES, VISION_DTYPES
+from inference.engine.engine_config import KV_DTYPES, VISION_DTYPES
 from inference.engine.load import DTYPES, load_model
 from inference.engine.quantized_linear import KINDS as QUANTIZED
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration

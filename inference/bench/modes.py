@@ -16,7 +16,8 @@ from inference.bench.floor import Floor, Machine, Work, encoding_flop
 from inference.bench.published import PublishedModel
 from inference.bench.report import Row
 from inference.bench.served import plain_processor, served
-from inference.engine.engine import Engine, EngineConfig
+from inference.engine.engine import Engine
+from inference.engine.engine_config import EngineConfig
 from inference.engine.load import load_processor
 from inference.engine.quantize import quantize_decoder
 from inference.engine.tower_fp8 import round_tower

@@ -22,7 +22,8 @@ from data_pipeline import devices
 from data_pipeline.ranks import ranks_of
 from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
 from inference.engine.choose_attend import choose, needs_of
-from inference.engine.engine import Engine, EngineConfig
+from inference.engine.engine import Engine
+from inference.engine.engine_config import EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
 from inference.engine.staging import move

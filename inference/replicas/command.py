@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipeline import devices
 from data_pipeline.commands import DONE, FAILED, report_error
 from inference import cli
-from inference.engine.engine import EngineConfig
+from inference.engine.engine_config import EngineConfig
 from inference.engine.tensor_parallel import check_divisible
 from inference.export_info import ExportInfo
 from inference.hf.configuration_moss_video import MossVideoConfig

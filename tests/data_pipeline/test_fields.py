@@ -14,7 +14,7 @@ from data_pipeline.fields import ALLOWED, Range, choice, number, numbers, wrong_
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.synthesis.config import SynthesisConfig
 from data_pipeline.toy.build import ToyConfig
-from inference.engine.engine import EngineConfig
+from inference.engine.engine_config import EngineConfig
 from inference.engine.sampling import Sampling
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.serve.limits import Limits

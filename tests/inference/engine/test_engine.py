@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inference.engine.engine import Engine, EngineConfig, EngineFull
+from inference.engine.engine import Engine, EngineFull
+from inference.engine.engine_config import EngineConfig
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from inference.engine.decode import sizes_of
-from inference.engine.engine import Engine, EngineConfig
+from inference.engine.engine import Engine
+from inference.engine.engine_config import EngineConfig
 from inference.engine.graphs import SPARE
 from inference.engine.quantize import quantize_decoder
 from inference.engine.quantized_linear import FORMATS
