@@ -80,25 +80,14 @@ def shard_entries(
             continue
         read = (at + 1) / len(paths)
         with open_archive(path) as archive:
-            notes = tuple(archive.left_out.elements())
-            with_media = seen.anywhere(archive)
-            forms = _Forms(archive, converts, named)
-            for number, members in enumerate(archive.samples):
-                place = f"{files.name(path)}/{members.key}"
-                for part, draft in enumerate(_drafts(archive, members, forms, with_media)):
-                    if notes and isinstance(draft, Draft):
-                        draft = _noted(draft, notes)
-                        notes = ()
-                    key = f"{stem}-{number:06d}" + (f"-{part}" if part else "")
-                    yield Entry(key, place, read, draft)
+            with_media, forms = seen.anywhere(archive), _Forms(archive, converts, named)
+            for number, part, members, draft in _archive_drafts(archive, forms, with_media):
+                key = f"{stem}-{number:06d}" + (f"-{part}" if part else "")
+                yield Entry(key, f"{files.name(path)}/{members.key}", read, draft)
             if archive.damage is not None:
                 count = len(archive.samples)
                 damage = SampleError("damaged_shard", f"after {count} samples: {archive.damage}")
                 yield Entry(f"{stem}-{count:06d}", files.name(path), read, damage)
-
-
-def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:
-    return replace(draft, notes=draft.notes + notes)
 
 
 class _Forms:
@@ -177,6 +166,23 @@ def _read(archive: Archive, members: Members) -> dict[str, bytes]:
             "repeated_member", f"{', '.join(members.repeated)}: more than once in the shard"
         )
     return {rest: archive.read(member) for rest, member in members.found.items()}
+
+
+def _archive_drafts(
+    archive: Archive, forms: _Forms, with_media: bool
+) -> Iterator[tuple[int, int, Members, Draft | SampleError]]:
+    """(Number of the sample, number of the draft in it, the sample, the draft); the first draft has
+    the notes about the archive."""
+    notes = tuple(archive.left_out.elements())
+    for number, members in enumerate(archive.samples):
+        for part, draft in enumerate(_drafts(archive, members, forms, with_media)):
+            if notes and isinstance(draft, Draft):
+                draft, notes = _noted(draft, notes), ()
+            yield number, part, members, draft
+
+
+def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:
+    return replace(draft, notes=draft.notes + notes)
 
 
 def _drafts(

@@ -29,14 +29,12 @@ def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
         with speaker.watch(item) as watching:
             frame_count, second = 0, item.start
             for second, picture in source.stream(item.start, item.end, fps):
-                first = None
-                while prompts and prompts[0][0] <= second:
-                    at, prompt = prompts.pop(0)
-                    text = _text(prompt, watching)
-                    if not frame_count and not (prompts and prompts[0][0] <= second):
-                        first = text
-                    else:
-                        watching.ask(at, text)
+                due = [prompt for prompt in prompts if prompt[0] <= second]
+                del prompts[: len(due)]
+                with_frame = due.pop() if due and not frame_count else None
+                for at, prompt in due:
+                    watching.ask(at, _text(prompt, watching))
+                first = None if with_frame is None else _text(with_frame[1], watching)
                 watching.frame(second, picture, first)
                 frame_count += 1
             for _, prompt in prompts:
