@@ -12,8 +12,10 @@ An event's frame is the one of its second; each of `says` is a phrase that tells
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,9 @@ class Events(PushAlone):
         return Item(name, "events", video, prompts, truth=truth, points=max(1, len(events)))
 
     def outcome(self, item: Item, watched: Watched) -> StreamOutcome:
-        """Matches responses with events (one may tell several) and with interruptions."""
+        """Matches responses with events (one may tell several) and with interruptions. The words
+        that tell an event tell no other one: events of the same words take theirs from the latest
+        to the first."""
         emissions, outcome = watched.emissions, StreamOutcome(minutes=watched.seconds / 60)
         outcome.spoken = sum(len(_WORD.findall(emission.text)) for emission in emissions)
         used: set[int] = set()
@@ -119,22 +123,35 @@ class Events(PushAlone):
             cut = bool(latest and latest.cut and latest.end >= turn["second"] - self._step)
             outcome.answers.append((turn, cut, None if place is None else emissions[place]))
             used |= set() if place is None else {place}
-        for event in item.truth["events"]:
-            event_outcome, place = self._event_outcome(event, emissions)
-            outcome.events.append(event_outcome)
-            used |= set() if place is None else {place}
+        events: list[dict[str, Any]] = item.truth["events"]
+        outcomes: dict[int, EventOutcome] = {}
+        taken: set[tuple[int, int, int]] = set()
+        for number in sorted(range(len(events)), key=lambda n: -float(events[n]["second"])):
+            outcomes[number], mention = self._event_outcome(events[number], emissions, taken)
+            taken |= set() if mention is None else {mention}
+        outcome.events = [outcomes[number] for number in range(len(events))]
+        used |= {place for place, *_ in taken}
         outcome.matched, outcome.false = len(used), len(emissions) - len(used)
         return outcome
 
     def _event_outcome(
-        self, event: dict[str, Any], emissions: Sequence[Emission]
-    ) -> tuple[EventOutcome, int | None]:
-        """How an event was told, and the index of the response that tells it, or None."""
+        self,
+        event: dict[str, Any],
+        emissions: Sequence[Emission],
+        taken: Collection[tuple[int, int, int]],
+    ) -> tuple[EventOutcome, tuple[int, int, int] | None]:
+        """How an event was told, and the words that tell it (index of the response, first and last
+        character), or None. `taken`: words that tell other events."""
         second = event["second"]
         during = next((e for e in emissions if e.second < second <= e.end), None)
         for place, emission in enumerate(emissions):
-            found = _first(emission, event["says"], second)
-            if found is None or found - second > self._within:
+            mentions = (
+                (mention, (place, *span))
+                for mention, span in _mentions(emission, event["says"], second)
+                if mention - second <= self._within and (place, *span) not in taken
+            )
+            found, words_of_it = next(mentions, (0.0, None))
+            if words_of_it is None:
                 continue
             how = ""
             if during is not None:
@@ -142,7 +159,7 @@ class Events(PushAlone):
                 how = HOW[0] if emission is during else HOW[1] if stopped else HOW[2]
             return EventOutcome(
                 event, during is not None, found, emission.end, emission.text, how
-            ), place
+            ), words_of_it
         return EventOutcome(event, during is not None), None
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
@@ -191,21 +208,24 @@ class Events(PushAlone):
 
 def _first(emission: Emission, phrases: Sequence[str], since: float) -> float | None:
     """The second at which the first phrase begins that is said in full after `since`, or None."""
-    pieces = [piece for piece in emission.pieces if piece[0] >= since]
-    text = "".join(piece for _, piece in pieces)
-    starts = [
-        found.start()
+    return next((second for second, _ in _mentions(emission, phrases, since)), None)
+
+
+def _mentions(
+    emission: Emission, phrases: Sequence[str], since: float
+) -> Iterator[tuple[float, tuple[int, int]]]:
+    """Yields each time that a phrase is said in full after `since`: the second at which it begins,
+    and its first and last character."""
+    starts = [0, *accumulate(len(piece) for _, piece in emission.pieces)]
+    before = sum(len(piece) for second, piece in emission.pieces if second < since)
+    text = "".join(piece for _, piece in emission.pieces)[before:]
+    spans = {
+        (before + found.start(), before + found.end())
         for phrase in phrases
-        if (found := re.search(_pattern(phrase), text, re.IGNORECASE))
-    ]
-    if not starts:
-        return None
-    left = min(starts)
-    for second, piece in pieces:
-        if left < len(piece):
-            return second
-        left -= len(piece)
-    raise AssertionError("unreachable")
+        for found in re.finditer(_pattern(phrase), text, re.IGNORECASE)
+    }
+    for start, end in sorted(spans):
+        yield emission.pieces[bisect_right(starts, start) - 1][0], (start, end)
 
 
 def _pattern(phrase: str) -> str:

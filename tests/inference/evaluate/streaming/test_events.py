@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def test_an_event_while_speaking(
     assert (told.how, told.delay) == (how, first)
     assert (None if told.end is None else told.end - 4.0) == end
     assert (outcome.false, outcome.matched) == (false, len(emissions) - false)
+
+
+@pytest.mark.parametrize(
+    ("emissions", "delays"),
+    [
+        ([speech(9, "He jumps.")], [None, 1.0]),
+        ([speech(5, "He jumps."), speech(9, "He jumps")], [1.0, 1.0]),
+        ([speech(9, "He jumps, he jumps!")], [5.0, 1.0]),
+        ([speech(9, "He jumps"), speech(10, "he jumps")], [6.0, 1.0]),
+        ([speech(5, "He jumps."), speech(20, "He jumps")], [1.0, None]),
+    ],
+)
+def test_words_tell_one_event(emissions: list[Emission], delays: list[float | None]) -> None:
+    """The same thing happens in seconds 4 and 8."""
+    events = [{"second": second, "says": ["he jumps"]} for second in (4.0, 8.0)]
+    item = replace(ITEM, truth={"events": events, "interruptions": []})
+    outcome = Events(within=10.0, step=1.0).outcome(item, Watched(tuple(emissions), 30.0))
+    assert [event.delay for event in outcome.events] == delays
+    assert outcome.matched == len([e for e in emissions if e.second < 20])
 
 
 def test_an_event_in_silence_is_counted_apart() -> None:

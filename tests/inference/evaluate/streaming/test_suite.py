@@ -121,6 +121,10 @@ def test_a_server_says_what_the_export_says_and_its_death_is_no_wrong_answer(
         address = server.http
         check_server(address)
         there = asked("there", lambda bias: RemoteSpeaker(address, SPEAKING))
+        # As one that was started anew with another export at the same address.
+        other = asked("other", lambda bias: RemoteSpeaker(address, SPEAKING, "", "1b9c"))
+    assert other.exit_code == FAILED
+    assert all((row.count, row.missing) == (0, row.of) for row in other.rows)
     assert there.rows == here.rows
     for protocol in ("push", "official"):
         assert said(tmp_path / "there", protocol) == said(tmp_path / "here", protocol)
