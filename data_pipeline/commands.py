@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.fields import Range, described
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of a path: the second slash is lost
 
 DONE, FAILED, WRONG_USAGE, STOPPED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -46,7 +50,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, *given: Any, **options: Any) -> Any:
         print_all_signs()
-        return super().parse_known_args(*given, **options)
+        parsed, rest = super().parse_known_args(*given, **options)
+        for value in vars(parsed).values():
+            for path in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(path, Path) and _URL.match(str(path)) and not path.exists():
+                    written = str(path).replace(":/", "://", 1)
+                    self.error(f"{written}: is a URL: give a path of this machine")
+        return parsed, rest
 
 
 def print_all_signs() -> None:

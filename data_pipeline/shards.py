@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,21 @@ def _checked(sample: Mapping[str, Any]) -> dict[str, Any]:
 def shard_files(path: str | Path) -> list[Path]:
     """The finished shards of a folder by name; ShardError where there are none."""
     folder = Path(path)
+    if folder.is_file():
+        raise ShardError(f"{folder} is a file: give the folder that holds it")
     if not folder.is_dir():
-        raise ShardError(f"{folder} does not exist: build the shards or correct the path")
+        raise ShardError(f"{folder} does not exist: {_instead_of(folder)}")
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise ShardError(f"{folder} holds no .tar shards: build them or correct the path")
     return shards
+
+
+def _instead_of(folder: Path) -> str:
+    """What to give for a folder that is not there."""
+    if re.search(r"[*?\[{]", folder.name):
+        return "give a folder, all of whose shards are read, and no pattern of names"
+    return "build the shards or correct the path"
 
 
 def read_samples(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:

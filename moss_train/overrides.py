@@ -110,6 +110,11 @@ def _missing_preset(argument: str, arguments: Sequence[str], conf: Path) -> str 
         chosen = f"{group}={value}"
         return f"{argument}: {group} has a value: write {chosen}" if key != group else None
     elsewhere = any(re.match(SEARCHED, one) for one in arguments)
+    if value.startswith("["):  # Hydra would take all of them, each over the ones before
+        return (
+            f"{argument}: one preset of {group} is taken: choose one of {', '.join(choices)}; "
+            f"single fields are set behind it, {group}.FIELD=..."
+        )
     if value and value != "null" and (elsewhere or not re.fullmatch(r"[\w.-]+", value)):
         return None
     return f"{argument}: choose one of {', '.join(choices)}"

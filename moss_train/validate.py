@@ -19,6 +19,7 @@ from data_pipeline.attention_kinds import missing, refusals
 from data_pipeline.fields import Range, wrong_values
 from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
+from data_pipeline.stores import is_url
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.config import WANDB_MODES, AdapterConfig, Config, ConfigError, LossConfig
@@ -62,6 +63,8 @@ def _paths(config: Config) -> Iterator[str]:
             yield f"{field}=: is empty (an empty variable?): give a path"
         elif value != value.strip():
             yield f"{field}={value!r}: begins or ends with a blank: remove it"
+        elif field != "data.root" and is_url(value):
+            yield f"{field}={value}: is a URL: give a folder (only data.sources may be URLs)"
         elif (shell := _VARIABLE.search(value)) and not Path(value).exists():
             mend = f"write ${{oc.env:{shell[1]}}} for {shell[0]}"
             yield f"{field}={value}: no shell has put the variable in: {mend}"

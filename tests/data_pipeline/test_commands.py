@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,6 +70,21 @@ def test_a_number_out_of_range_is_refused(capsys, value, says):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(value)
     assert capsys.readouterr().err.splitlines()[-1] == f"python -m tools.thing: error: {says}"
+
+
+def test_a_url_is_no_path(capsys, tmp_path, monkeypatch):
+    """It would be made as a folder named s3: of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    parser = CommandParser("x")
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path)
+    for arguments in (["--out", "s3://b/x"], ["a", "s3://b/x"]):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(arguments)
+        assert capsys.readouterr().err.endswith("s3://b/x: is a URL: give a path of this machine\n")
+    Path("a:").mkdir()
+    Path("ab:/x").mkdir(parents=True)  # some name their folders so
+    assert parser.parse_args(["a:/b", "--out", "ab:/x"]).out == Path("ab:/x")
 
 
 def test_an_error_of_ours_reads_like_one_of_argparse(capsys):

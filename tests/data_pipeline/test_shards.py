@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_pipeline.index import prepare_index
-from data_pipeline.shards import ShardError, SourceInfo, check_source, write_shards
+from data_pipeline.shards import ShardError, SourceInfo, check_source, shard_files, write_shards
 from tests.torchrun import REPO
 from tests.waiting import running, until
 
@@ -109,6 +109,15 @@ def test_a_source_is_checked_before_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"does not match the shards \(shard-000002.tar\)"):
         check_source(folder)
     assert prepare_index(folder) == SourceInfo(shards=2, samples=4)
+
+
+def test_a_shard_or_a_pattern_is_no_folder_of_shards(tmp_path: Path) -> None:
+    (tmp_path / "shard-000000.tar").touch()
+    with pytest.raises(ShardError, match=r"\.tar is a file: give the folder that holds it"):
+        shard_files(tmp_path / "shard-000000.tar")
+    for pattern in ("*.tar", "shard-{000000..000009}.tar"):
+        with pytest.raises(ShardError, match="does not exist: give a folder, all of whose shards"):
+            shard_files(tmp_path / pattern)
 
 
 def test_the_index_is_the_one_energon_makes(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moss_train.compose import load_config, run_command_line
 from moss_train.config import Config, ConfigError
 from moss_train.overrides import as_typed
 from moss_train.presets import conf_dir
+from moss_train.validate import _paths
 from tests.torchrun import REPO
 
 PATHS = [
@@ -111,6 +112,8 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch):
         ("stage.train=[a", "stage.train=[a: a bracket is not closed (in a text: 'stage.train='[a'"),
         ("trainer.seed=range(1,3)", "one command is one run"),
         ("steps", "steps: must be FIELD=VALUE"),
+        ("logger=[wandb,tensorboard]", "one preset of logger is taken: choose one of none, tens"),
+        ("stage=[pt1,sft]", "single fields are set behind it, stage.FIELD=..."),
     ],
 )
 def test_errors_name_place_and_spelling(override, says):
@@ -118,6 +121,14 @@ def test_errors_name_place_and_spelling(override, says):
         composed(override)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_url_is_no_folder_of_a_run():
+    """A folder named s3: would be made."""
+    config = composed("run.dir=s3://b/x", "init_from=hf://m", "data.tokenizer=file:///t")
+    says = "is a URL: give a folder (only data.sources may be URLs)"
+    fields = ("init_from=hf://m", "data.tokenizer=file:///t", "run.dir=s3://b/x")
+    assert sorted(_paths(config)) == sorted(f"{field}: {says}" for field in fields)
 
 
 def test_a_switch_takes_what_yaml_takes_for_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,11 @@ def test_what_init_from_cannot_start_from_is_told(files, named, tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     assert re.search(named, why_no_checkpoint(tmp_path))
+
+
+def test_a_name_of_a_hub_is_no_folder():
+    said = why_no_checkpoint(Path("meta-llama/Llama-3.2-11B-Vision"))
+    assert said.startswith("does not exist: give a run folder (a hub's model is fetched and")
 
 
 def test_a_damaged_checkpoint_is_no_missing_one(tmp_path):
