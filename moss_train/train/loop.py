@@ -48,7 +48,7 @@ from moss_train.train.start import agree_on_start, last_whole, steps_left
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.step_plan import StepPlan
 from moss_train.train.stragglers import Stragglers
-from moss_train.train.summary import summary_table
+from moss_train.train.summary import print_summary
 from moss_train.train.unlearned import UnlearnedWarnings
 from moss_train.train.watchdog import share_run_folder, watched
 
@@ -384,17 +384,6 @@ class Job:
     def _finish(self, stopped: bool) -> None:
         note(self.folder, "stopped" if stopped else "end", step=self.done)
         write_report_or_warn(self.folder, self.config)
-        table = summary_table(
-            self.folder,
-            {
-                "config.yaml": "configuration",
-                "run.json": "configuration, versions, commit, layout, parameters",
-                "checkpoints/step_*": "checkpoint",
-                "audit.*.jsonl": "sample keys of each step",
-                BAD_STEPS_FILE: "steps left out, with their sample keys",
-            },
-        )
-        with or_warning("the table of the run"):
-            print(table, file=self.console, flush=True)
+        print_summary(self.folder, self.console)
         if stopped:
             log.warning("stopped by a signal after step %d: start again to go on", self.done)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 from data_pipeline.tables import format_table
+from moss_train.storage import or_warning
 from moss_train.train.goodput import goodput_line, spent
+from moss_train.train.guard import BAD_STEPS_FILE
 from moss_train.train.history import HISTORY_FILE, read_history
 from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from moss_train.train.report import REPORT_FILE
@@ -20,6 +23,23 @@ WRITTEN = {
     TENSORBOARD_DIR: "TensorBoard",
     "wandb": "Weights & Biases",
 }
+
+
+# What a job writes beside them.
+JOB_FILES = {
+    "config.yaml": "configuration",
+    "run.json": "configuration, versions, commit, layout, parameters",
+    "checkpoints/step_*": "checkpoint",
+    "audit.*.jsonl": "sample keys of each step",
+    BAD_STEPS_FILE: "steps left out, with their sample keys",
+}
+
+
+def print_summary(run_dir: Path, console: TextIO | None = None) -> None:
+    """Prints what a job has done and written, to `console` (None: stdout), at its end."""
+    table = summary_table(run_dir, JOB_FILES)
+    with or_warning("the table of the run"):
+        print(table, file=console, flush=True)
 
 
 def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> str:
