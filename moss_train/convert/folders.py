@@ -67,9 +67,7 @@ def foreign_form(folder: Path) -> str | None:
 def why_no_checkpoint(folder: Path) -> str:
     """What a folder is in which training finds no complete checkpoint, with what to do."""
     if not folder.exists():
-        return (
-            "does not exist: give a run folder (a model of a hub is fetched and converted before)"
-        )
+        return "does not exist: give a run folder (a hub's model is fetched and converted before)"
     if (folder / "complete.json").is_file():
         return f"is a checkpoint that is damaged: {flaw(folder)}"
     if (folder / ".metadata").is_file():
