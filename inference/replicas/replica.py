@@ -22,7 +22,7 @@ _PING_TIMEOUT = 5.0  # seconds: a machine that is off does not answer a ping
 
 
 class Tenant(Protocol):
-    """A session that has a seat, or waits for one. asked_at: since when (monotonic seconds)."""
+    """A session that has a seat, or waits for one. requested_at: since when (monotonic seconds)."""
 
     requested_at: float
 

@@ -59,7 +59,7 @@ def test_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         session.rebuilding = False
         await settled
         session.rebuilding = True
-        tenant: Any = SimpleNamespace(started=True, asked_at=0.0, queued=lambda *_: None)
+        tenant: Any = SimpleNamespace(started=True, requested_at=0.0, queued=lambda *_: None)
         waits = asyncio.create_task(front.places.take(tenant))
         await asyncio.sleep(0)
         assert front.places.waiting == 1
