@@ -67,6 +67,11 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
+    @property
+    def vision_slices(self) -> int:
+        """Tensor ranks that share a vision tower."""
+        return self.tensor if self.vision_tensor else 1
+
 
 @dataclass
 class StageConfig:

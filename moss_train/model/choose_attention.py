@@ -85,7 +85,7 @@ class Trial:
             False: vision_config(model, parallel),
         }
         text, vision = model.text, model.vision
-        tensor, towers = parallel.tensor, parallel.tensor if parallel.vision_tensor else 1
+        tensor, towers = parallel.tensor, parallel.vision_slices
         self.text_heads = text.num_heads // tensor, text.num_kv_heads // tensor
         self.tower_heads = vision.num_heads // towers
         self.tower_width = vision.hidden_size // vision.num_heads

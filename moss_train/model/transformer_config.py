@@ -102,7 +102,7 @@ def vision_config(
             model,
             parallel,
             parallel.recompute != "none",
-            parallel.tensor if parallel.vision_tensor else 1,
+            parallel.vision_slices,
             kernels or Kernels(),
         ),
     )

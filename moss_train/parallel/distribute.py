@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -238,10 +239,16 @@ def _scatter(
     per_share = size // len(counts)
     parts = None
     if frames is not None:
-        parts = [
-            torch.cat((part, part.new_zeros(max(counts) - len(part), *frame_shape)))
-            for part in frames.split(counts)
-            for _ in range(per_share)
-        ]
+        starts = [0, *accumulate(counts)][:-1]
+        shares = [_rows(frames, start, max(counts)) for start in starts]
+        parts = [share for share in shares for _ in range(per_share)]
     dist.scatter(out, parts, src=dist.get_global_rank(groups.replica, 0), group=groups.replica)
     return out[: counts[groups.replica.rank() // per_share]]
+
+
+def _rows(frames: Tensor, start: int, count: int) -> Tensor:
+    """So many frames from `start` on: zeros beyond the last one. No copy but of those, since the
+    leader has the frames of all the replica."""
+    part = frames[start : start + count]
+    missing = count - len(part)
+    return torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) if missing else part

@@ -108,11 +108,13 @@ class FrameExchange:
         if len(counts) == 1 or sum(counts) == 0:
             return own
         padded = torch.cat((own, own.new_zeros(max(counts) - len(own), *shape)))
-        ranks = self.groups.replica.size()
-        out = own.new_empty(ranks * max(counts), *shape)
-        dist.all_gather_into_tensor(out, padded, group=self.groups.replica)
-        # Tensor ranks that share a tower hold the same frames: take one of each.
-        gathered = out.view(ranks, max(counts), *shape)[:: ranks // len(counts)]
+        # Tensor ranks that share a tower hold the same frames: each gathers them of its stages.
+        shared = self.groups.vision.tp.size() > 1
+        out = own.new_empty(len(counts) * max(counts), *shape)
+        dist.all_gather_into_tensor(
+            out, padded, group=self.groups.decoder.pp if shared else self.groups.replica
+        )
+        gathered = out.view(len(counts), max(counts), *shape)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def begin_microbatch(self) -> None:

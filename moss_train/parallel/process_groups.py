@@ -77,9 +77,13 @@ def _vision_groups(
     groups.dp = groups.dp_cp = world
     if parallel.vision_tensor and parallel.tensor > 1:
         groups.tp = groups.mp = decoder.tp
-        ranks = range(decoder.tp.rank(), world.size(), parallel.tensor)
-        groups.dp = groups.dp_cp = dist.new_group(
-            list(ranks), timeout, use_local_synchronization=True
-        )
+        # All ranks make all of them: a group that its members make alone is named after how many
+        # groups a rank is in, and the stages of a pipeline, which are in different ones, would wait
+        # for each other under different names.
+        sharing = [
+            dist.new_group([*range(first, world.size(), parallel.tensor)], timeout)
+            for first in range(parallel.tensor)
+        ]
+        groups.dp = groups.dp_cp = sharing[decoder.tp.rank()]
     groups.intra_dist_opt = world
     return groups

@@ -29,20 +29,25 @@ def check_replicas(model: MossVideo, step: int) -> None:
 def differing_replicas(model: MossVideo) -> list[str]:
     """Names of parameters whose replicas are not the same to the bit. A collective.
 
-    Compared are the decoder's over data-parallel ranks, its unsharded ones over tensor ranks too,
-    and the encoder's over all ranks that hold the same part: by checksums, in one reduction each.
+    Compared are the decoder's over data-parallel ranks and the encoder's over all ranks that hold
+    the same part, and those of both that are not sharded over the tensor ranks that share a decoder
+    or a tower, too: by checksums, in one reduction each.
     """
     groups = model.groups
     parameters = list(model.named_parameters())
     decoder = [(name, p) for name, p in parameters if name.startswith("decoder.")]
-    whole = [(name, p) for name, p in decoder if not getattr(p, "tensor_model_parallel", False)]
     encoder = [(name, p) for name, p in parameters if not name.startswith("decoder.")]
     names = [
         *_differing(decoder, groups.decoder.dp),
-        *_differing(whole, groups.decoder.tp),
+        *_differing(_whole(decoder), groups.decoder.tp),
         *_differing(encoder, groups.vision.dp),
+        *_differing(_whole(encoder), groups.vision.tp),
     ]
     return sorted(set(names))
+
+
+def _whole(parameters: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in parameters if not getattr(p, "tensor_model_parallel", False)]
 
 
 def _differing(parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -> list[str]:

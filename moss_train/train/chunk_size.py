@@ -14,6 +14,7 @@ from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
+from moss_train.model.projector import pooled_tokens
 from moss_train.model.vision import rows_of_tile
 from moss_train.model_config import MOST_FRAMES_PER_CHUNK, VisionConfig
 from moss_train.train.optimizer import TrainState
@@ -70,18 +71,20 @@ def _power_of_two(most: int) -> int:
 
 
 def kept_by_frame(config: Config) -> int:
-    """Bytes of activations that the tower keeps of a frame for its backward pass.
+    """Bytes of activations that the tower keeps of a frame for its backward pass, on a rank.
 
     Of each row of width D, with an MLP of M: the input of both norms, Q, K, V and what the
     attention gives, the MLP's hidden states; and, unless they are computed again, the outputs of
     both norms and of GELU: 6 D + M or 8 D + 2 M. Global layers keep 2 D more, for their gates, and
-    what is before and between the layers 3 D and the pixels.
+    what is before and between the layers 3 D and the pixels. Tensor ranks that share a tower have
+    parts of Q, K, V, of what the attention gives and of the MLP; all else each of them has whole.
     """
     vision, model = config.model.vision, config.model
     again = config.parallel.recompute != "none"
-    row = 6 * vision.hidden_size + vision.mlp_size
+    slices = config.parallel.vision_slices
+    row = 2 * vision.hidden_size + (4 * vision.hidden_size + vision.mlp_size) // slices
     if not again:
-        row += 2 * vision.hidden_size + vision.mlp_size
+        row += 2 * vision.hidden_size + vision.mlp_size // slices
     rows = config.data.max_tiles * rows_of_tile(vision, model.attention)[0]
     layers = vision.num_layers + vision.num_global_layers
     elements = row * layers + (2 * vision.num_global_layers + 3) * vision.hidden_size
@@ -89,12 +92,24 @@ def kept_by_frame(config: Config) -> int:
     return (rows * elements + pixels) * hardware.DTYPES[model.dtype].itemsize
 
 
+def kept_by_projector(config: Config) -> int:
+    """Bytes that the projector keeps of a frame: the input of its linear layer, and of the
+    convolution that pools, where there is one."""
+    model = config.model
+    rows = pooled_tokens(model)
+    if model.projector.pool == "channel_fusion":
+        rows += model.vision.num_patches
+    size = hardware.DTYPES[model.dtype].itemsize
+    return config.data.max_tiles * rows * model.vision.output_size * size
+
+
 def passing_of_frame(config: Config) -> int:
     """Bytes that the backward pass of a tower's layer needs for a frame beside `kept_by_frame`:
     what GELU gives, its gradient and that of its input."""
     vision, model = config.model.vision, config.model
     rows = config.data.max_tiles * rows_of_tile(vision, model.attention)[0]
-    return 3 * rows * vision.mlp_size * hardware.DTYPES[model.dtype].itemsize
+    inner = vision.mlp_size // config.parallel.vision_slices
+    return 3 * rows * inner * hardware.DTYPES[model.dtype].itemsize
 
 
 def moments_to_come(state: TrainState) -> int:

@@ -16,6 +16,7 @@ from moss_train.train.activations import Batch, DecoderActivations
 from moss_train.train.chunk_size import (
     MOMENTS,
     kept_by_frame,
+    kept_by_projector,
     largest_chunk,
     passing_of_frame,
 )
@@ -147,7 +148,7 @@ def _frames_of_step(config: Config, ranks: int) -> int:
 def _shares(config: Config) -> int:
     """Ranks of a replica among which frames are split."""
     layout = config.parallel
-    return layout.pipeline * (1 if layout.vision_tensor else layout.tensor)
+    return layout.pipeline * layout.tensor // layout.vision_slices
 
 
 def least_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -161,7 +162,7 @@ def least_bytes(config: Config, ranks: int) -> dict[str, int]:
     sums = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0, "activations of a frame": 0.0}
     for rule in table(model):
         decoder = rule.ours.startswith("decoder.")
-        slices = layout.tensor if decoder or layout.vision_tensor else 1
+        slices = layout.tensor if decoder else layout.vision_slices
         stages = layout.pipeline if decoder else 1
         count = math.prod(our_shape(model, rule)) / stages
         count /= slices if rule.split is not None else 1
@@ -171,7 +172,7 @@ def least_bytes(config: Config, ranks: int) -> dict[str, int]:
         sums["gradients"] += GRADIENT * count
         sums["optimizer"] += optimizer * count / (ranks // (slices * stages))
         if rule.ours.startswith("vision"):
-            sums["activations of a frame"] = kept_by_frame(config) / slices
+            sums["activations of a frame"] = kept_by_frame(config)
     return {part: round(size) for part, size in sums.items()}
 
 
@@ -183,7 +184,6 @@ def peak_bytes(config: Config, ranks: int, batch: Batch) -> dict[str, int]:
     frame = parts.pop("activations of a frame")
     layout, model = config.parallel, config.model
     decoder = DecoderActivations(config, batch)
-    slices = layout.tensor if layout.vision_tensor else 1
     # Frames that this rank encodes; bytes of a frame's projected states, and of their gradient.
     own = math.ceil(batch.step_frames / _shares(config))
     state = decoder.patches * decoder.width * decoder.size
@@ -193,16 +193,15 @@ def peak_bytes(config: Config, ranks: int, batch: Batch) -> dict[str, int]:
     recomputes, keeps = frame > 0 and model.vision.recompute, model.vision.kept_frames > 0
     chunk = min(own, model.vision.frames_per_chunk or (largest_chunk(model.vision) if keeps else 1))
     # The graphs of these frames are kept while the decoder works.
-    features = decoder.patches * model.vision.output_size * decoder.size
     once = model.vision.kept_of(own, chunk) if recomputes else own
-    kept = once * (frame + features) * decoder.states_train
+    kept = once * (frame + kept_by_projector(config)) * decoder.states_train
     # Frames whose gradients wait on this rank until they are summed (parallel/exchange.py).
     waiting = batch.frames if layout.pipeline == 1 else batch.step_frames
     decoding = max(decoder.at_peak(stage) for stage in (0, layout.pipeline - 1))
     # The memory of the kept ones is free before others are encoded again.
     encoding = own * gradient + max(kept, chunk * frame if own > once else 0.0)
     if frame > 0:
-        encoding += chunk * passing_of_frame(config) / slices
+        encoding += chunk * passing_of_frame(config)
     parts["activations"] = round(max(decoding + waiting * gradient + kept, encoding))
     return parts
 

@@ -71,7 +71,6 @@ def train_case(
     from moss_train.convert.weights import export
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.packing import Bounds
-    from moss_train.parallel.replicas import differing_replicas
     from moss_train.train.guard import Guard
     from moss_train.train.optimizer import make_train_state
     from moss_train.train.param_groups import freeze
@@ -119,10 +118,21 @@ def train_case(
         "adapters": _merge(
             {n: t for n, t in export(model, torch.Tensor.detach).items() if "lora_" in n}
         ),
-        "differing": differing_replicas(model),
         "encoded": encoded,
         "shares": step.exchange.shares,
+        **_compared(model),
     }
+
+
+def _compared(model) -> dict:
+    """What differs between replicas; and what is noticed, once one rank has another norm."""
+    from moss_train.parallel.replicas import differing_replicas
+
+    differing = differing_replicas(model)
+    if dist.get_rank():
+        model.encoder.vision.norm_post.weight.data[0] += 1
+    noticed = differing_replicas(model)
+    return {"differing": differing, "noticed": noticed, "ranks": dist.get_world_size()}
 
 
 def drawn_model(config, groups, lora: bool, accumulate: bool):

@@ -11,7 +11,7 @@ from torch import Tensor
 from moss_train.config import Config
 from moss_train.model.choose_kernels import choose_kernels
 from moss_train.model.moss_video import MossVideo
-from moss_train.parallel.distribute import StepBatch, TextBatch
+from moss_train.parallel.distribute import StepBatch, TextBatch, _rows
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
@@ -171,6 +171,15 @@ def test_nothing_is_kept_without_a_backward_pass_or_of_a_frozen_tower(groups) ->
     exchange = exchange_of(model)
     exchange.encode(batch(24))
     assert exchange.kept_frames == 0
+
+
+def test_shares_are_sent_without_copies() -> None:
+    """But of the last one, where it is shorter: of 7 frames, 3, 2 and 2."""
+    frames = torch.arange(7.0)[:, None]
+    shares = [_rows(frames, start, 3) for start in (0, 3, 5)]
+    assert [share[:, 0].tolist() for share in shares] == [[0, 1, 2], [3, 4, 5], [5, 6, 0]]
+    own = {frames.untyped_storage().data_ptr()}
+    assert {share.untyped_storage().data_ptr() for share in shares[:2]} == own
 
 
 def test_one_chunk_is_kept_at_a_time(groups) -> None:

@@ -22,6 +22,13 @@ SINGLE: dict[str, dict[str, Any]] = {
 PAIRS: dict[str, dict[str, Any]] = {
     "tensor": {"train": ["*"], "tensor": 2, "sequence": True, "recompute": "selective"},
     "pipeline": {"train": ["decoder.*"], "pipeline": 2, "micro": 1},
+    "shared_tower": {
+        "train": ["*"],
+        "tensor": 2,
+        "vision_tensor": True,
+        "recompute": "selective",
+        "frames_per_chunk": 48,
+    },
     "kept_pipeline": {
         "train": ["*"],
         "pipeline": 2,

@@ -10,11 +10,13 @@ import torch
 from data_pipeline.fields import wrong_values
 from moss_train import hardware
 from moss_train.config import Config, ParallelConfig
+from moss_train.model_config import ProjectorConfig
 from moss_train.train import chunk_size
 from moss_train.train.chunk_size import (
     fitting_chunk,
     frames_per_chunk,
     kept_by_frame,
+    kept_by_projector,
     moments_to_come,
 )
 from moss_train.train.optimizer import make_train_state
@@ -50,6 +52,23 @@ def test_layers_keep_what_is_predicted(groups, recompute):
         predicted.append(frames * kept_by_frame(config))
     assert kept[1] - kept[0] == pytest.approx(predicted[1] - predicted[0], rel=0.06)
     assert predicted[1] < kept[1] < 1.15 * predicted[1]
+
+
+@pytest.mark.parametrize("pool", ["average", "channel_fusion", "none"])
+def test_a_projector_keeps_what_is_predicted(groups, pool):
+    model, frames = preset("tiny", dtype="fp32"), 40
+    model.projector = ProjectorConfig(pool, 2)
+    config = Config(model=model)
+    config.data.max_tiles = 2
+    encoder = random_model(model, groups).encoder
+    pixels, ids = torch.randn(frames, 2, 3, 56, 56), torch.full((frames,), 2)
+    with torch.no_grad():
+        features = encoder.features(pixels, ids)
+    kept = Kept(encoder.parameters())
+    with kept:
+        states = encoder.projector(features)
+        assert states.requires_grad
+    assert kept.now == pytest.approx(frames * kept_by_projector(config), rel=0.02)
 
 
 def test_the_largest_model_s_frames_are_those_of_the_docs():
