@@ -96,16 +96,12 @@ def train_case(
         batches = microbatches(kind, groups.data_rank, per_replica, micro)
 
     bounds = Bounds(micro, multiple=parallel.pipeline if parallel.virtual > 1 else 1)
-    results, encoded, gradients = [], [], {}
-    for number in range(steps):
+    results, encoded, gradients = [], [], first_gradients(step, groups)
+    for _ in range(steps):
         batch = read_step(
             batches, per_replica, bounds, 8, (1, 3, 56, 56), groups, step.exchange.shares
         )
         encoded.append(_gather(len(batch.frames)))
-        if number == 0:
-            step.forward_backward(batch)
-            _whole_gradients(state, groups)
-            gradients = _merge(export(model, _gradient))
         results.append(step(batch))
     state.gather_parameters()
     return {
@@ -133,6 +129,24 @@ def _compared(model) -> dict:
         model.encoder.vision.norm_post.weight.data[0] += 1
     noticed = differing_replicas(model)
     return {"differing": differing, "noticed": noticed, "ranks": dist.get_world_size()}
+
+
+def first_gradients(step, groups) -> dict[str, Tensor]:
+    """Gets those of the first step that is made, between its backward pass and its update."""
+    from moss_train.convert.weights import export
+
+    gradients: dict[str, Tensor] = {}
+    compute = step.forward_backward
+
+    def first(*arguments):
+        done = compute(*arguments)
+        _whole_gradients(step.state, groups)
+        gradients.update(_merge(export(step.model, _gradient)))
+        step.forward_backward = compute
+        return done
+
+    step.forward_backward = first
+    return gradients
 
 
 def drawn_model(config, groups, lora: bool, accumulate: bool):
