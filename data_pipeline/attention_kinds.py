@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from data_pipeline import npu
-from data_pipeline.devices import KINDS as DEVICES
 
 TEXT, TOWER, FRAMES = "text", "tower", "frames"
 PLACES = (TEXT, TOWER, FRAMES)
 TRAINING, INFERENCE = "training", "inference"
 NPU = "npu"
+# The kinds of devices.py, which imports torch: a configuration is read without.
+EVERYWHERE = ("cuda", NPU, "xpu", "mps", "cpu")
 HALF, ALL = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
 
 
@@ -63,7 +64,7 @@ class AttentionKind:
 
 
 KINDS = {
-    "sdpa": AttentionKind(PLACES, PLACES, DEVICES, ALL, mask=True, packed=False),
+    "sdpa": AttentionKind(PLACES, PLACES, EVERYWHERE, ALL, mask=True, packed=False),
     "flex": AttentionKind(
         (FRAMES,), (), dtypes=ALL, mask=True, dropout=False, least=16, package="triton",
         module="triton", install="triton",

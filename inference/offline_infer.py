@@ -14,19 +14,22 @@ from typing import Any
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from torch import Tensor
+from data_pipeline.imports import uncollected
 
-from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
-from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
-from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
-from inference import cli
-from inference.present import Sink, present
-from inference.session.answer import LARGE_CHUNK_FRAMES, check_fits
-from inference.session.events import Event
-from inference.session.handle import SessionHandle
-from inference.session.response import Vocabulary
-from inference.session.runner import Runner
-from inference.sources import CLIP_FPS, CLIP_MAX_FRAMES, CLIP_MIN_FRAMES, clip, picture
+with uncollected():
+    from torch import Tensor
+
+    from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
+    from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
+    from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+    from inference import cli
+    from inference.present import Sink, present
+    from inference.session.answer import LARGE_CHUNK_FRAMES, check_fits
+    from inference.session.events import Event
+    from inference.session.handle import SessionHandle
+    from inference.session.response import Vocabulary
+    from inference.session.runner import Runner
+    from inference.sources import CLIP_FPS, CLIP_MAX_FRAMES, CLIP_MIN_FRAMES, clip, picture
 
 PROGRAM = "python -m inference.offline_infer"
 

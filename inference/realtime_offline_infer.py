@@ -15,12 +15,15 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from inference import cli
-from inference.offline_infer import media, parser, question, show
-from inference.present import Sink
-from inference.session.answer import LARGE_CHUNK_FRAMES
-from inference.session.runner import Runner
-from inference.sources import WATCHED_MAX_FRAMES
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from inference import cli
+    from inference.offline_infer import media, parser, question, show
+    from inference.present import Sink
+    from inference.session.answer import LARGE_CHUNK_FRAMES
+    from inference.session.runner import Runner
+    from inference.sources import WATCHED_MAX_FRAMES
 
 PROGRAM = "python -m inference.realtime_offline_infer"
 

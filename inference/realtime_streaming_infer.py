@@ -17,19 +17,22 @@ from typing import Any
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_pipeline.commands import CommandParser, finite_number, whole_number
-from data_pipeline.seconds import clock, is_time, parse_seconds
-from data_pipeline.stores import without_secrets
-from inference import cli
-from inference.engine.sampling import Sampling
-from inference.feed import Schedule, follow
-from inference.live import LiveSource
-from inference.present import Sink, present
-from inference.session.events import Event
-from inference.session.runner import Runner
-from inference.session.session import SessionConfig
-from inference.session.view import View, summary
-from inference.sources import RECONNECT, open_source
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from data_pipeline.commands import CommandParser, finite_number, whole_number
+    from data_pipeline.seconds import clock, is_time, parse_seconds
+    from data_pipeline.stores import without_secrets
+    from inference import cli
+    from inference.engine.sampling import Sampling
+    from inference.feed import Schedule, follow
+    from inference.live import LiveSource
+    from inference.present import Sink, present
+    from inference.session.events import Event
+    from inference.session.runner import Runner
+    from inference.session.session import SessionConfig
+    from inference.session.view import View, summary
+    from inference.sources import RECONNECT, open_source
 
 PROGRAM = "python -m inference.realtime_streaming_infer"
 # As much as may be a time, a colon (ASCII or full-width), the text.

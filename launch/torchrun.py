@@ -27,8 +27,11 @@ from pathlib import Path
 # A checkout works without installing it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from data_pipeline.commands import DONE, STOPPED, WRONG_USAGE
 from moss_train.node_folders import claimed, remove, remove_unclaimed

@@ -17,11 +17,9 @@ from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
 from moss_train.overrides import configured_paths
-from moss_train.processes import STOPPED_NOTE
+from moss_train.processes import PROGRAM, STOPPED_NOTE
 from moss_train.run_lock import check_free
 from moss_train.storage import StorageError, or_warning
-
-PROGRAM = "moss-train"  # in front of errors
 
 
 def train(raw: DictConfig) -> None:

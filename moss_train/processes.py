@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipeline.parent import signalled_with_parent
 
+PROGRAM = "moss-train"  # in front of errors
 # Environment: the file that says that a signal stopped the job, for launch/torchrun.py.
 STOPPED_NOTE = "MOSS_TRAIN_STOPPED"
 

@@ -10,22 +10,31 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from data_pipeline.imports import uncollected
 
-import inference.hf
-from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error, whole_number
-from data_pipeline.signal_handlers import handling
-from data_pipeline.tables import format_table
-from moss_train.config import RENAMED, ConfigError
-from moss_train.convert.hf_config import ARCHITECTURES
-from moss_train.convert.source import ConversionError
-from moss_train.convert.to_hf import ToHf, convert_megatron
-from moss_train.convert.to_megatron import FromHf, convert_hf
-from moss_train.hardware import DTYPES
-from moss_train.model.hf_mapping import Pattern, patterns, sizes
-from moss_train.model_config import ModelConfig
+with uncollected():
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    import inference.hf
+    from data_pipeline.commands import (
+        STOPPED,
+        WRONG_USAGE,
+        CommandParser,
+        report_error,
+        whole_number,
+    )
+    from data_pipeline.signal_handlers import handling
+    from data_pipeline.tables import format_table
+    from moss_train.config import RENAMED, ConfigError
+    from moss_train.convert.hf_config import ARCHITECTURES
+    from moss_train.convert.source import ConversionError
+    from moss_train.convert.to_hf import ToHf, convert_megatron
+    from moss_train.convert.to_megatron import FromHf, convert_hf
+    from moss_train.hardware import DTYPES
+    from moss_train.model.hf_mapping import Pattern, patterns, sizes
+    from moss_train.model_config import ModelConfig
 
 PROGRAM = "python -m tools.convert_checkpoint"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -18,30 +18,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from data_pipeline.imports import uncollected
 
-from data_pipeline.batch import IGNORED_LABEL
-from data_pipeline.commands import (
-    CommandParser,
-    describe,
-    finite_number,
-    report_error,
-    whole_number,
-)
-from inference.hf.configuration_moss_video import MossVideoConfig
-from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
-from moss_train.checkpoint_dir import find, read_run
-from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfig, from_dict
-from moss_train.convert.hf_config import kind_of
-from moss_train.convert.job import check_manifest
-from moss_train.convert.source import ConversionError, read_json
-from moss_train.hardware import DTYPES, KINDS
-from moss_train.trained_tokenizer import check_tokenizer
-from moss_train.validate import check_layout, for_reading
-from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
+with uncollected():
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from torch import Tensor
+
+    from data_pipeline.batch import IGNORED_LABEL
+    from data_pipeline.commands import (
+        CommandParser,
+        describe,
+        finite_number,
+        report_error,
+        whole_number,
+    )
+    from inference.hf.configuration_moss_video import MossVideoConfig
+    from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+    from moss_train.checkpoint_dir import find, read_run
+    from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfig, from_dict
+    from moss_train.convert.hf_config import kind_of
+    from moss_train.convert.job import check_manifest
+    from moss_train.convert.source import ConversionError, read_json
+    from moss_train.hardware import DTYPES, KINDS
+    from moss_train.trained_tokenizer import check_tokenizer
+    from moss_train.validate import check_layout, for_reading
+    from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
 PROGRAM = "python -m tools.verify_checkpoint"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth

@@ -6,9 +6,18 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, describe, report_error, whole_number
-from data_pipeline.shards import ShardError
-from data_pipeline.toy.build import STAGES, ToyConfig, build_toy
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from data_pipeline.commands import (
+        WRONG_USAGE,
+        CommandParser,
+        describe,
+        report_error,
+        whole_number,
+    )
+    from data_pipeline.shards import ShardError
+    from data_pipeline.toy.build import STAGES, ToyConfig, build_toy
 
 HELP = {
     "train": "training samples of each modality of each stage",

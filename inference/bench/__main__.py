@@ -17,19 +17,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
+from data_pipeline.imports import uncollected
 
-from data_pipeline import devices
-from data_pipeline.commands import DONE, CommandParser, finite_number, whole_number
-from inference.bench import measure
-from inference.bench.models import MODELS, random_model
-from inference.bench.modes import Bench
-from inference.bench.report import describe, print_table, write_report
-from inference.cli import one_line_errors
-from inference.engine.engine_config import KV_DTYPES, VISION_DTYPES
-from inference.engine.load import DTYPES, load_model
-from inference.engine.quantized_linear import KINDS as QUANTIZED
-from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+with uncollected():
+    import torch
+
+    from data_pipeline import devices
+    from data_pipeline.commands import DONE, CommandParser, finite_number, whole_number
+    from inference.bench import measure
+    from inference.bench.models import MODELS, random_model
+    from inference.bench.modes import Bench
+    from inference.bench.report import describe, print_table, write_report
+    from inference.cli import one_line_errors
+    from inference.engine.engine_config import KV_DTYPES, VISION_DTYPES
+    from inference.engine.load import DTYPES, load_model
+    from inference.engine.quantized_linear import KINDS as QUANTIZED
+    from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 PROGRAM = "python -m inference.bench"
 

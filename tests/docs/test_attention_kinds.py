@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from data_pipeline.attention_kinds import INFERENCE, KINDS, TRAINING, AttentionKind, sizes
+from data_pipeline import devices
+from data_pipeline.attention_kinds import (
+    EVERYWHERE,
+    INFERENCE,
+    KINDS,
+    TRAINING,
+    AttentionKind,
+    sizes,
+)
 from tests.conftest import REPO
 
 HEAD = (
@@ -25,3 +33,7 @@ def test_the_page_has_the_table() -> None:
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     table = "\n".join([*lines, *(row(*entry) for entry in KINDS.items())])
     assert table in (REPO / "docs" / "devices.md").read_text(), f"write there:\n{table}"
+
+
+def test_what_runs_everywhere_runs_on_all_kinds_of_devices() -> None:
+    assert EVERYWHERE == devices.KINDS

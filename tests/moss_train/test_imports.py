@@ -42,6 +42,20 @@ import wandb
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
+def test_a_configuration_is_read_and_refused_without_torch() -> None:
+    code = """import sys
+import tools.runs
+from moss_train.__main__ import main
+sys.argv = ["moss-train", "trainer.step=3"]
+assert main() == 2
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=240, capture_output=True, text=True
+    )
+    assert "trainer.step: is not a field" in done.stderr
+
+
 def test_what_is_decorated_meanwhile_is_compiled_when_it_is_called() -> None:
     compile, calls = torch.compile, []
 

@@ -13,27 +13,30 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline import build
-from data_pipeline.cgroups import cores
-from data_pipeline.commands import (
-    DONE,
-    FAILED,
-    STOPPED,
-    WRONG_USAGE,
-    CommandParser,
-    describe,
-    report_error,
-    whole_number,
-)
-from data_pipeline.importers.archive import DAMAGE
-from data_pipeline.schema import SampleError
-from data_pipeline.shards import ShardError, shard_files
-from tools.data import synthesize
-from tools.data.check import check_source
-from tools.data.mixture import histogram, mixture, table
-from tools.data.page import toy_tokenizer, write_page
-from tools.shards.encoding import stage_encoding, stage_names
-from tools.shards.find import StoredSample, find_sources, stored_samples
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from data_pipeline import build
+    from data_pipeline.cgroups import cores
+    from data_pipeline.commands import (
+        DONE,
+        FAILED,
+        STOPPED,
+        WRONG_USAGE,
+        CommandParser,
+        describe,
+        report_error,
+        whole_number,
+    )
+    from data_pipeline.importers.archive import DAMAGE
+    from data_pipeline.schema import SampleError
+    from data_pipeline.shards import ShardError, shard_files
+    from tools.data import synthesize
+    from tools.data.check import check_source
+    from tools.data.mixture import histogram, mixture, table
+    from tools.data.page import toy_tokenizer, write_page
+    from tools.shards.encoding import stage_encoding, stage_names
+    from tools.shards.find import StoredSample, find_sources, stored_samples
 
 PROGRAM = "moss-data"
 

@@ -11,23 +11,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cgroups import cores
-from data_pipeline.commands import (
-    WRONG_USAGE,
-    CommandParser,
-    describe,
-    report_error,
-    whole_number,
-)
-from data_pipeline.encode import EncodeConfig
-from data_pipeline.schema import SampleError
-from data_pipeline.shards import ShardError, check_source, shard_files
-from data_pipeline.tables import format_table
-from tools.shards import build
-from tools.shards.encoding import stage_encoding, stage_names
-from tools.shards.find import find_sample, find_sources, indexed_counts
-from tools.shards.show import show_sample
-from tools.shards.stats import source_stats
+from data_pipeline.imports import uncollected
+
+with uncollected():
+    from data_pipeline.cgroups import cores
+    from data_pipeline.commands import (
+        WRONG_USAGE,
+        CommandParser,
+        describe,
+        report_error,
+        whole_number,
+    )
+    from data_pipeline.encode import EncodeConfig
+    from data_pipeline.schema import SampleError
+    from data_pipeline.shards import ShardError, check_source, shard_files
+    from data_pipeline.tables import format_table
+    from tools.shards import build
+    from tools.shards.encoding import stage_encoding, stage_names
+    from tools.shards.find import find_sample, find_sources, indexed_counts
+    from tools.shards.show import show_sample
+    from tools.shards.stats import source_stats
 from tools.shards.validate import validate_tree
 
 
