@@ -180,8 +180,8 @@ def test_rounded_lengths_have_the_losses_of_exact_ones(load: Load) -> None:
     for layout in ("rounded", "rounded_tp2_sp_pp2"):
         ours = load(layout, "all", "mixed")
         assert ours["losses"] == pytest.approx(exact["losses"], rel=1e-6)
-    # A gate's gradient is one sum, of terms of both signs, whose rounding may be large beside it: all
-    # gates are one tensor here, as large as the largest of them.
+    # A gate's gradient is one sum, of terms of both signs, whose rounding may be large beside it:
+    # all gates are compared as one tensor.
     ours, theirs = (
         _gates_together(load(name, "all", "mixed")["gradients"]) for name in ("rounded", "fewer")
     )
