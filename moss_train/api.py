@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import random
 import sys
@@ -47,7 +48,7 @@ def train(config: Config, *, quiet: bool = False) -> Run:
     """
     config = checked(config)
     configure(quiet)
-    with _settings_kept():
+    with _settings_kept(), _collected():
         stopped = run_job(config, io.StringIO() if quiet else sys.stderr)
     return Run(Path(config.run.dir), stopped)
 
@@ -110,7 +111,7 @@ class Run:
 
     def model(self, device: str = "auto", threads: int | None = None) -> TrainedModel:
         """The model of the newest checkpoint: see `TrainedModel.open`."""
-        with quick_imports():
+        with _collected(), quick_imports():
             from moss_train.evaluate.model import TrainedModel
 
         return TrainedModel.open(self.dir, device, threads)
@@ -136,3 +137,16 @@ def _settings_kept() -> Iterator[None]:
             np.random.set_state(numpy_draws)  # noqa: NPY002
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Imports freeze all objects that there are, since in a command no garbage is among them. Here
+    there may be: the model of a job before would stay, with its memory. The caller's own objects
+    become garbage later.
+    """
+    gc.collect()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 import hydra
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
     HydraException,
@@ -38,6 +39,7 @@ from moss_train.overrides import (
     explain_override,
     explain_own_file,
     flags_first,
+    sweep_instead,
 )
 from moss_train.presets import conf_dir
 from moss_train.processes import age_s
@@ -89,6 +91,7 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
         nonlocal composed
         try:
             _check_whole(raw)
+            _refuse_own_sweep()
             OmegaConf.resolve(raw)
         except COMPOSING as error:  # Hydra writes lines of its own about what is raised here
             return unresolved.append(error)
@@ -152,6 +155,16 @@ def _check_whole(raw: DictConfig) -> None:
                 "`defaults: [config, _self_]`, its own values behind it"
             ]
         )
+
+
+def _refuse_own_sweep() -> None:
+    """Raises ConfigError where a file of one's own asks Hydra for a sweep (`as_typed` refuses that
+    of a command line): one run of it would start, with the values that are not swept over."""
+    swept = HydraConfig.get().sweeper.get("params")
+    if swept:
+        named = f"hydra.sweeper.params ({', '.join(swept)})"
+        instead = sweep_instead([f"{name}={values}" for name, values in swept.items()])
+        raise ConfigError([f"{named}: {instead}"])
 
 
 def _when_job_started(form: str) -> str:

@@ -157,6 +157,10 @@ def test_training_leaves_the_process_as_it_was(seen: dict[str, Any]) -> None:
     assert seen["group_ended_after_models"]
 
 
+def test_garbage_of_before_and_after_a_training_is_collected(seen: dict[str, Any]) -> None:
+    assert seen["left"] == [False, False]
+
+
 def test_what_is_printed_goes_to_stderr_or_nowhere(seen: dict[str, Any]) -> None:
     assert seen["stdout"] == seen["quiet"] == ""
     assert "step 3/3  loss" in seen["lines"]

@@ -180,6 +180,8 @@ def command(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "whole.yaml").write_text("defaults: [config, _self_]\ntrainer: {steps: 7}")
     (tmp_path / "part.yaml").write_text("trainer: {steps: 7}")
+    swept = "hydra: {mode: MULTIRUN, sweeper: {params: {trainer.seed: '1,2'}}}"
+    (tmp_path / "sweep.yaml").write_text(f"defaults: [config, _self_]\n{swept}")
 
     def run(*arguments: str):
         made: list[Any] = []
@@ -214,6 +216,11 @@ def test_a_configuration_of_ones_own_is_taken_from_its_folder(command, arguments
         ("--config-dir=/none", "--config-dir=/none: --config-dir FOLDER --config-name NAME"),
         ("--config-path {} -cn whole", "whole.yaml names config, which is not there: --config-dir"),
         ("--config-dir . -cn part", "the file must begin with `defaults: [config, _self_]`"),
+        (
+            "--config-dir . -cn sweep",
+            "hydra.sweeper.params (trainer.seed): one command is one run: for several write a loop:"
+            " for x in 1 2; do ... trainer.seed=$x",
+        ),
         ("run.dir=${{oc.env:NO_SUCH}}", "${oc.env:NO_SUCH}: the environment has no variable"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import random
@@ -10,11 +11,30 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.torchrun import save_result
+
+
+class Circle:
+    """Lives until the collector of garbage finds it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def _circles() -> tuple[Circle, list[weakref.ref[Circle]]]:
+    """One that is in use, and both it and one that is garbage."""
+    used = Circle()
+    return used, [weakref.ref(Circle()), weakref.ref(used)]
+
+
+def _left(circles: list[weakref.ref[Circle]]) -> list[bool]:
+    gc.collect()
+    return [circle() is not None for circle in circles]
 
 
 def main(toy: Path, out: Path) -> dict[str, Any]:
@@ -43,9 +63,12 @@ def main(toy: Path, out: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()) as lines:
         first = moss_train.train(config("first", 3))
         seen["lines"] = lines.getvalue()
+    used, circles = _circles()
     with contextlib.redirect_stderr(io.StringIO()) as lines:
         second = moss_train.train(config("second", 3), quiet=True)
         seen["quiet"] = lines.getvalue()
+    del used
+    seen["left"] = _left(circles)
     seen["stdout"] = said.getvalue()
     seen["runs"] = [[row["loss"] for row in run.metrics] for run in (first, second)]
     seen["draws_after"] = [random.random(), torch.rand(1).item()]
