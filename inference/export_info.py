@@ -63,21 +63,33 @@ def read_export_info(checkpoint: str | Path) -> ExportInfo:
     vision = config.get("vision_config")
     tile = vision.get("image_size") if isinstance(vision, dict) else None
     tile = tile if isinstance(tile, int) else None
-    return ExportInfo(form, stage, tile, weights_of(Path(checkpoint)))
+    try:
+        weights = weights_of(Path(checkpoint))
+    except OSError as error:  # as of a link to a file that is not there
+        raise ExportError(f"{error.filename}: {error.strerror}") from None
+    return ExportInfo(form, stage, tile, weights)
 
 
 def weights_of(export: Path) -> str:
     """A digest of the weights in a folder: of the SHA-256 of its files in manifest.json, where an
-    export has one, else of their sizes and parts of them. Empty: there are no weights."""
-    try:
-        known = json.loads((export / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
+    export has one, else of their sizes and parts of them. Empty: there are no weights. OSError: a
+    file of weights cannot be read."""
+    recorded = _recorded(export / "manifest.json")
     digest, files = hashlib.sha256(), sorted(export.glob("*.safetensors"))
     for path in files:
-        size, sha = path.stat().st_size, known.get(path.name, {}).get("sha256")
-        digest.update(f"{path.name} {size} {sha or _parts_of(path, size)}\n".encode())
+        size = path.stat().st_size
+        content = recorded.get(path.name) or _parts_of(path, size)
+        digest.update(f"{path.name} {size} {content}\n".encode())
     return digest.hexdigest()[:16] if files else ""
+
+
+def _recorded(manifest: Path) -> dict[str, str]:
+    """SHA-256 of files by their names, in an export's manifest; {}: it is none, or not there."""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        return {name: str(entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # other programs have files of that name, too
 
 
 def _parts_of(path: Path, size: int) -> str:

@@ -28,7 +28,7 @@ class Pixels:
         normalized = [isinstance(image, Tensor) and image.is_floating_point() for image in images]
         pairs = list(zip(images, normalized, strict=True))
         made = iter(self._made([image for image, floats in pairs if not floats]))
-        parts = [self._check_shape(image) if floats else next(made) for image, floats in pairs]
+        parts = [self._uploaded(image) if floats else next(made) for image, floats in pairs]
         return torch.stack(parts)[:, None]
 
     def _made(self, images: list[Image.Image | Tensor]) -> Tensor | tuple[()]:
@@ -38,7 +38,7 @@ class Pixels:
         tiles = torch.stack([fit(as_picture(image).cpu(), self.size) for image in images])
         return upload(tiles, self.device).float().div_(255).sub_(self.mean).div_(self.std)
 
-    def _check_shape(self, image: Image.Image | Tensor) -> Tensor:
+    def _uploaded(self, image: Image.Image | Tensor) -> Tensor:
         assert isinstance(image, Tensor)
         shape = (3, self.size, self.size)
         if image.shape != shape:

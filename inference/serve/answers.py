@@ -127,7 +127,7 @@ class Writer:
     """Writes the answers to a question.
 
     Args:
-        asked: tokens of the prompt.
+        prompt_tokens: how many tokens the prompt has.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference.export_info import ExportError, read_export_info
+from inference.export_info import ExportError, read_export_info, weights_of
 from tests.inference.tiny import save_tiny
 
 
@@ -56,4 +56,22 @@ def test_what_is_not_an_export_is_named(tmp_path: Path, text: str | None, messag
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ExportError, match=message):
+        read_export_info(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ['{"files": ["a.safetensors"]}', '{"files": {"a": 1}}', "[]"])
+def test_a_manifest_of_another_program_says_nothing_of_the_weights(
+    tmp_path: Path, manifest: str
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(bytes(100))
+    alone = weights_of(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert weights_of(tmp_path) == alone
+    (tmp_path / "a.safetensors").write_bytes(b"\1" + bytes(99))
+    assert weights_of(tmp_path) != alone
+
+
+def test_weights_that_are_links_to_nothing_are_named(tmp_path: Path) -> None:
+    (export(tmp_path) / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ExportError, match=r"model\.safetensors: No such file or directory"):
         read_export_info(tmp_path)
