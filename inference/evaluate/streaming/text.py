@@ -8,16 +8,18 @@ from collections.abc import Sequence
 
 _WORDS = re.compile(r"\w+")
 _ALONE = re.compile(r"[\W_]*([A-Ha-h])[\W_]*")
-# `A` before a word is an article, but for words that go on after an answer.
+# `A` before a word is an article, but after `option`, and for words that go on after an answer.
 _LETTER = re.compile(
-    r"(?<![A-Za-z0-9'])(?!A\s+(?!(?:is|was|as|because|since|and|or|seems|looks)\b)[a-z0-9])"
+    r"(?<![A-Za-z0-9'])"
+    r"(?:(?<=[Oo]ption )|(?<=[Cc]hoice )|(?<=[Aa]nswer )|(?<=[Aa]nswer is )|"
+    r"(?!A\s+(?!(?:is|was|as|because|since|and|or|seems|looks)\b)[a-z0-9]))"
     r"([A-H])(?!['’]|-?[A-Za-z0-9])"
 )
 _SMALL = re.compile(
     r"\(([a-h])\)|\b(?:answer|option|choice)(?: is)?[\s:*(]*([a-h])(?=[\s*).]*$|[).])",
     re.IGNORECASE,
 )
-_LETTERED = re.compile(r"[A-H][.):]\s*")
+_LETTERED = re.compile(r"\s*\(?[A-H][.):]\s*")
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 
@@ -38,8 +40,14 @@ def choice(text: str, options: Sequence[str]) -> str:
     if _ALONE.fullmatch(unicodedata.normalize("NFKC", text)):
         return letter(text)
     said = words(text)
-    same = [n for n, option in enumerate(options) if words(_LETTERED.sub("", option, 1)) == said]
+    same = [n for n, option in enumerate(options) if _words_of(option) == said]
     return chr(ord("A") + same[0]) if len(same) == 1 else letter(text)
+
+
+def _words_of(option: str) -> str:
+    """The words of an option without its own letter."""
+    own = _LETTERED.match(option)
+    return words(option[own.end() :] if own else option)
 
 
 def last_number(text: str) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from itertools import product
+from collections import Counter
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -47,6 +48,22 @@ def test_the_p_of_groups_is_that_of_all_their_signs(net):
     """By counting: each group's gains and losses could have been the other way round."""
     sums = [abs(sum(map(operator.mul, net, signs))) for signs in product((1, -1), repeat=len(net))]
     assert exact_p(net) == pytest.approx(sum(one >= abs(sum(net)) for one in sums) / len(sums))
+
+
+def test_the_p_of_many_groups_is_exact_to_its_last_digits():
+    """Against sums of whole numbers: each group's sign doubles the number of cases."""
+    net = [1] * 420 + [-1] * 500 + [2] * 60 + [-3] * 11
+    cases = {0: 1}
+    for size in map(abs, net):
+        new: dict[int, int] = {}
+        for total, count in cases.items():
+            for moved in (total - size, total + size):
+                new[moved] = new.get(moved, 0) + count
+        cases = new
+    far = sum(count for total, count in cases.items() if abs(total) >= abs(sum(net)))
+    assert exact_p(net) == pytest.approx(far / 2 ** len(net), rel=1e-11)
+    few = 2 * sum(math.comb(3000, heads) for heads in range(1401)) / 2**3000
+    assert exact_p([1] * 1600 + [-1] * 1400) == pytest.approx(few, rel=1e-11)
 
 
 def test_the_interval_is_that_of_the_normal_distribution_for_many_items():
@@ -123,6 +140,30 @@ def test_rows_that_share_some_of_their_media_vary_as_their_groups_do():
     ))  # fmt: skip
     assert both.difference == pytest.approx(float(weight @ difference))
     assert both.high - both.low == pytest.approx(2 * 1.959964 * spread, rel=0.05)
+
+
+def test_media_each_in_rows_of_its_own_vary_as_any_others():
+    """Each clip is in three rows of seven, no two clips in the same ones: 35 sets of rows. By the
+    sums over clips: the spread of what each adds to the mean, less the mean of its rows."""
+    rng = np.random.default_rng(2)
+    sets, sizes = list(combinations(range(7), 3)), Counter[int]()
+    for places in sets:
+        sizes.update(places)
+    runs: list[dict[str, dict[str, Item]]] = [{str(n): {} for n in range(7)} for _ in range(2)]
+    found = np.full((len(sets), 7), np.nan)
+    for clip, places in enumerate(sets):
+        level = rng.normal()
+        for place in places:
+            found[clip, place] = level + 0.3 * rng.normal()
+            for run, score in zip(runs, (0.0, found[clip, place]), strict=True):
+                run[str(place)][str(clip)] = {"score": score, "media": [f"{clip}.mp4"]}
+    both = compare(runs[0], runs[1])[-1]
+    means = np.nanmean(found, axis=0)
+    parts = np.nansum((found - means) / 15 / 7, axis=1)
+    assert set(sizes.values()) == {15}
+    assert both.difference == pytest.approx(means.mean())
+    spread = math.sqrt((parts**2).sum())
+    assert both.high - both.low == pytest.approx(2 * 1.959964 * spread, rel=0.08)
 
 
 def test_views_of_a_row_do_not_count_again():

@@ -183,6 +183,7 @@ def test_letters_numbers_and_phrases_are_found_in_texts() -> None:
         ("**B**", "B"), ("**Answer:** B", "B"), ("B, because A man walks", "B"), ("答案是B", "B"),
         ("选B。", "B"), ("Ｂ", "B"), ("（Ｂ）", "B"), ("A is right", "A"), ("A", "A"), ("A.", "A"),
         ("(A) red", "A"), ("A: red", "A"), ("I say A", "A"), ("B or C", "B"), ("(b) or C.", "C"),
+        ("Option A shows the man", "A"), ("The answer is A the man", "A"), ("Answer: A cat", ""),
         # Articles, names and other words are no options.
         ("A man opens the door, so it is B", "B"), ("A cat", ""), ("A 3D film", ""),
         ("a dog", ""), ("The answer is a dog", ""), ("C-shaped", ""), ("It is in 3D", ""),
@@ -200,6 +201,11 @@ def test_who_says_an_options_words_names_that_option(form: str) -> None:
     said = {"A cat.": "B", "the Cat B": "C", "**A dog**": "A", "A": "A", "D": "D", "B. A cat": "B"}
     assert {text: choice(text, options) for text in said} == said
     assert choice("a cat or a dog", options) == ""
+
+
+def test_only_an_options_own_letter_is_no_part_of_its_words() -> None:
+    assert choice("Vitamin C: good", ["B: good", "Vitamin C: good"]) == "B"
+    assert choice("a dog", ["(A) a cat", "(B) a dog"]) == "B"
 
 
 def test_questions_that_follow_each_other_are_asked_in_the_order_of_their_file(
