@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _evaluate(options: Any, run: EvaluationRun, rows: Sequence[Benchmark]) -> in
                 if not benchmark.task:
                     found.append(_answered(options, benchmark, server, file))
                 break
-    results = run.finish(_with_earlier(run.out, found))
+    results = run.finish(_with_earlier(run.out, found, options.limit))
     print(results.text())
     for problem in problems:
         report_error(PROGRAM, problem)
@@ -152,11 +153,21 @@ def _evaluate(options: Any, run: EvaluationRun, rows: Sequence[Benchmark]) -> in
     return 1 if problems else results.exit_code
 
 
-def _with_earlier(out: Path, found: Sequence[Row]) -> list[Row]:
-    """The rows, after those that only an earlier run in the folder has asked."""
-    earlier = read_results(out).rows if (out / RESULTS).exists() else ()
-    names = {row.row for row in found}
-    return [*(row for row in earlier if row.row not in names), *found]
+def _with_earlier(out: Path, found: Sequence[Row], limit: int | None) -> list[Row]:
+    """The rows, after those that only an earlier run in the folder has asked. Of these, rows of
+    another --limit say of which."""
+    if not (out / RESULTS).exists():
+        return [*found]
+    earlier, names, rows = read_results(out), {row.row for row in found}, list[Row]()
+    for row in earlier.rows:
+        if row.row in names:
+            continue
+        asked = row.settings.get("limit", earlier.settings.get("limit") or "none")
+        own = {name: value for name, value in row.settings.items() if name != "limit"}
+        if asked != (limit or "none"):
+            own["limit"] = asked
+        rows.append(replace(row, settings=own))
+    return [*rows, *found]
 
 
 def _row(

@@ -22,6 +22,7 @@ from inference.evaluate.results import Item, Row
 HERE = Path(__file__).parent
 _RUNNER, _TASKS = HERE / "lmms_runner.py", HERE / "tasks"
 _DONE = "done.json"
+_VERSION = 2  # of how answers are scored: a task that was finished under another is scored again
 _NO_MEDIA: Mapping[str, Mapping[str, list[str]]] = {"videos": {}, "pictures": {}}
 _GRADES = ("score", "rating", "is_correct", "correct", "accuracy", "MRA:.5:.95:.05")
 # Answers as their task has read them; `prediction` is often the whole answer.
@@ -52,8 +53,9 @@ def run_task(
 ) -> tuple[Row, list[Item]]:
     """Runs a task against the server at `url`; returns its row and items.
 
-    A finished task is not run again. Of a task that was stopped, or in which requests failed, only
-    items without an answer are asked again. `check` is called while the task runs, and may raise.
+    A finished task is not run again, unless it was scored in another way. Of a task that was
+    stopped, or in which requests failed, only items without an answer are asked again. `check` is
+    called while the task runs, and may raise.
 
     Raises TaskFailed, and what `check` raises.
     """
@@ -63,16 +65,20 @@ def run_task(
     _run(harness, benchmark, folder, url, check)
     row, items = read_task(folder / "run", benchmark)
     if not row.failed and not row.skipped:
-        (folder / _DONE).write_text(json.dumps({"limit": harness.limit}) + "\n")
+        (folder / _DONE).write_text(json.dumps(_finish(harness.limit)) + "\n")
     return row, items
 
 
 def finished(folder: Path, limit: int | None) -> bool:
-    """Whether a task has been run to its end with the same limit."""
+    """Whether a task has been run to its end with the same limit, and scored as now."""
     try:
-        return bool(json.loads((folder / _DONE).read_text())["limit"] == limit)
-    except (OSError, ValueError, KeyError):
+        return bool(json.loads((folder / _DONE).read_text()) == _finish(limit))
+    except (OSError, ValueError):
         return False
+
+
+def _finish(limit: int | None) -> dict[str, int | None]:
+    return {"limit": limit, "version": _VERSION}
 
 
 def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> list[str]:

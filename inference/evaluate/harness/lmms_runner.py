@@ -80,10 +80,13 @@ class Completions:
         frames = {"fps": self._settings["fps"], "max_frames": self._settings["max_frames"]}
         request["extra_body"] = {"media_io_kwargs": {"video": frames}}
         request["max_tokens"] = min(request["max_tokens"], self._settings["max_tokens"])
+        stamps = []
         for part in (part for message in request["messages"] for part in message["content"]):
             if part["type"] == "video_url":
-                part["video_url"]["url"] = file_url(part["video_url"]["url"])
-        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+                url = part["video_url"]["url"] = file_url(part["video_url"]["url"])
+                stamps += stamp(url)
+        words = "\n".join([json.dumps(request, sort_keys=True), *stamps])
+        key = hashlib.sha256(words.encode()).hexdigest()
         if key not in self._journal.known:
             reply = self._inner.create(**request)
             used = reply.usage
@@ -98,6 +101,16 @@ class Completions:
 def file_url(url: str) -> str:
     """Quotes the path of a `file:` URL, which lmms-eval leaves as it is; other URLs unchanged."""
     return Path(url[7:]).as_uri() if url.startswith("file:///") else url
+
+
+def stamp(url: str) -> list[str]:
+    """Size and time of change of a `file:` URL's file: another video of its name is asked about
+    anew. Of other URLs, and of files that are not here, nothing."""
+    path = unquote(urlsplit(url).path)
+    if not url.startswith("file:///") or not os.path.exists(path):
+        return []
+    found = os.stat(path)
+    return [f"{found.st_size} {found.st_mtime_ns}"]
 
 
 def missing(messages: list[dict[str, Any]]) -> list[str]:

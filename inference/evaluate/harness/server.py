@@ -179,7 +179,8 @@ def weights_at(url: str) -> str:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=_PATIENCE).json()
-        card = listed["data"][0]
+        cards = listed["data"]  # in any order, where a server has several
+        card = next((card for card in cards if card.get("id") == MODEL), cards[0])
         return " ".join(str(card[name]) for name in ("id", "root") if card.get(name))
     except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
         return ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +255,27 @@ def test_a_server_whose_weights_change_ends_the_run(tiny: Path) -> None:
             there.check()
     assert weights_at(running.http) == ""
     check_weights(running.http, "1b9c0001")  # it does not answer: `check` says for how long
+
+
+def test_the_order_of_a_servers_models_does_not_matter() -> None:
+    """As of a gateway, whose `/health` says nothing."""
+    names = [MODEL, "another"]
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            cards = [{"id": name, "root": f"/{name}"} for name in names]
+            self.send_response(200)
+            self.end_headers()
+            models = self.path == "/v1/models"
+            self.wfile.write(json.dumps({"data": cards}).encode() if models else b"")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = ExternalServer(f"http://127.0.0.1:{server.server_port}", every=0.0)
+        assert there.weights == f"{MODEL} /{MODEL}"
+        names.reverse()
+        there.check()
+        server.shutdown()
 
 
 def test_the_table_says_how_large_pictures_are(tiny: Path, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from inference.evaluate.harness.benchmarks import chosen
-from inference.evaluate.harness.lmms import read_task
+from inference.evaluate.harness.lmms import finished, read_task
+from inference.evaluate.harness.lmms_runner import Completions
 from inference.evaluate.results import Item, Row
 
 FAILED = "[LMMS_EVAL_REQUEST_FAILED after 5 retries] Connection error."
@@ -90,3 +92,35 @@ def test_an_answer_that_only_a_judge_could_read_is_left_out(tmp_path: Path) -> N
 def test_a_row_without_any_answer_has_no_value(tmp_path: Path) -> None:
     row, _ = written(tmp_path, "TempCompass YN", ["no judge", None], 0.0)
     assert (row.value, row.count, row.of) == (None, 0, 2)
+
+
+def test_a_task_that_was_scored_in_another_way_is_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "done.json").write_text('{"limit": null}')  # as before answers had a version
+    assert not finished(tmp_path, None)
+    (tmp_path / "done.json").write_text('{"limit": 3, "version": 2}')
+    assert finished(tmp_path, 3)
+    assert not finished(tmp_path, None)
+
+
+def test_another_video_under_the_same_name_is_asked_about_anew(tmp_path: Path) -> None:
+    video, sent = tmp_path / "a b.mp4", list[Any]()
+
+    def create(**request: Any) -> Any:
+        sent.append(request)
+        message = SimpleNamespace(content=f"answer {len(sent)}")
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=None)
+
+    settings = {
+        "journal": str(tmp_path / "answers.jsonl"), "fps": 1, "max_frames": 2, "max_tokens": 8,
+    }  # fmt: skip
+
+    def ask() -> str:
+        part = {"type": "video_url", "video_url": {"url": f"file://{video}"}}
+        made = Completions(SimpleNamespace(create=create), settings)
+        reply = made.create(messages=[{"content": [part]}], max_tokens=8)
+        return str(reply.choices[0].message.content)
+
+    video.write_bytes(b"one")
+    assert [ask(), ask()] == ["answer 1", "answer 1"]
+    video.write_bytes(b"another")
+    assert [ask(), ask()] == ["answer 2", "answer 2"]

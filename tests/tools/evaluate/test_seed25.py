@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from data_pipeline.commands import FAILED
-from inference.evaluate.results import read_results
-from tools.evaluate.seed25 import main
+from inference.evaluate.results import Results, Row, read_results
+from tools.evaluate.seed25 import _with_earlier, main
 
 IMAGE = "AAAA" * 20
 
@@ -58,3 +58,15 @@ def test_what_was_done_before_a_server_ended_is_in_the_table(tmp_path: Path) -> 
     (row,) = read_results(tmp_path / "out").rows
     assert (row.count, row.of, row.skipped, row.missing) == (0, 4, {"no media": 1}, 3)
     assert row.settings["resolution"] == "56 x 56"
+
+
+def test_rows_of_another_limit_say_so(tmp_path: Path) -> None:
+    old, new = Row("MMStar", "average", 50.0, 8, 8), Row("AI2D", "exact_match", 60.0, 3088, 3088)
+    Results("m", "seed25", {"limit": 8}, [old]).write(tmp_path)
+    rows = _with_earlier(tmp_path, [new], None)
+    assert [(row.row, row.settings) for row in rows] == [("MMStar", {"limit": 8}), ("AI2D", {})]
+    Results("m", "seed25", {"limit": None}, rows).write(tmp_path)
+    third = Row("V*", "score", 1.0, 8, 8)
+    rows = _with_earlier(tmp_path, [third], 8)
+    assert [row.settings.get("limit") for row in rows] == [None, "none", None]
+    assert _with_earlier(tmp_path, [old, new], None) == [old, new]
