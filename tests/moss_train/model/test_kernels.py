@@ -19,6 +19,7 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
 from moss_train.model.weight_gradient import accumulate
 from moss_train.model_config import TextConfig
+from tests.gates import with_gates_together
 from tests.moss_train.model.build import preset, random_model
 from tests.torchrun import run_ranks
 
@@ -98,6 +99,7 @@ def test_a_model_with_kernels_computes_what_fp64_does(groups, exact, names, reco
     tiny = preset("tiny", dtype="fp32")
     kernels = Kernels(**{name: ALL[name] for name in names})
     found = loss_and_gradients(random_model(tiny, groups, kernels, recompute=recompute))
+    found, exact = with_gates_together(found), with_gates_together(exact)
     for name, expected in exact.items():
         assert (found[name] - expected).abs().max() < 1e-5 * expected.abs().max(), name
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.gates import with_gates_together
 from tests.torchrun import run_ranks
 from tests.workers.matrix import CASES, STEPS
 from tools.differences import largest
@@ -180,18 +181,11 @@ def test_rounded_lengths_have_the_losses_of_exact_ones(load: Load) -> None:
     for layout in ("rounded", "rounded_tp2_sp_pp2"):
         ours = load(layout, "all", "mixed")
         assert ours["losses"] == pytest.approx(exact["losses"], rel=1e-6)
-    # A gate's gradient is one sum, of terms of both signs, whose rounding may be large beside it:
-    # all gates are compared as one tensor.
     ours, theirs = (
-        _gates_together(load(name, "all", "mixed")["gradients"]) for name in ("rounded", "fewer")
+        with_gates_together(load(name, "all", "mixed")["gradients"])
+        for name in ("rounded", "fewer")
     )
     assert _worst(ours, theirs) < 2e-6
-
-
-def _gates_together(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    gates = [gradient for gradient in gradients.values() if gradient.numel() == 1]
-    others = {name: gradient for name, gradient in gradients.items() if gradient.numel() > 1}
-    return others | {"gates": torch.cat(gates)}
 
 
 def test_bf16_follows_fp32(load: Load) -> None:
