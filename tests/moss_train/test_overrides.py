@@ -3,6 +3,7 @@ that it reads."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -177,6 +178,9 @@ def command(tmp_path: Path, monkeypatch, capsys):
     """Runs a command line in a folder with files of one's own: its exit code, what it composed,
     and what it said."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    # Hydra's own logging, where a file has not turned it off, closes all handlers that there are.
+    # absl's then closes what was stderr when it was imported: pytest's.
+    monkeypatch.setattr(logging, "_handlerList", [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "whole.yaml").write_text("defaults: [config, _self_]\ntrainer: {steps: 7}")
     (tmp_path / "part.yaml").write_text("trainer: {steps: 7}")
