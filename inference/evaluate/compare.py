@@ -193,11 +193,8 @@ def _together(
         gained, lost = (
             sum(getattr(r, name) or 0 for r, _ in tested) for name in ("gained", "lost")
         )
-        net = Counter[object]()
-        for number, (_, own) in enumerate(tested):
-            for key, group in own.items():
-                net[key if isinstance(key, tuple) else (number, key)] += group.net
-        p = exact_p(list(net.values()))
+        together = _over_rows([own for _, own in tested])
+        p = exact_p([sum(part.net for part in parts) for _, parts in together])
     low, high = interval
     return Difference(
         ALL, count, only_first, only_second, before, after, low, high, gained, lost, p
